@@ -1,0 +1,94 @@
+"""Running a program node by node, reading each weight when it is touched and letting it go after its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import QCompileError
+from qcompile.ir.program import Program
+from qcompile.ir.types import dim_expr
+
+
+def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run `program` on inputs by name; returns outputs by name.
+
+    Raises QCompileError for an input that is missing, unknown, or of another rank or dtype than declared.
+    """
+    _check(program, feeds)
+    last_use = _last_uses(program.graph)
+    values: dict[fx.Node, Any] = {node: feeds[node.name] for node in program.inputs}
+
+    def value(node: fx.Node) -> Any:
+        return program.weights[node.meta["weight"]] if "weight" in node.meta else values[node]
+
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+                try:
+                    values[node] = node.target(*args, **kwargs)
+                except Exception as error:
+                    error.add_note(f"in {node.format_node()} of module {program.module_of(node)!r}")
+                    raise
+            elif node.op == "output":
+                returned = fx.map_arg(node.args[0], value)
+            for dead in last_use.get(node, ()):
+                values.pop(dead, None)
+    return dict(zip(program.output_names, returned, strict=True))
+
+
+def fill(program: Program, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Complete the inputs of a decoder: an empty cache, a mask of ones, positions that follow the cache."""
+    feeds = dict(given)
+    declared = {node.name: node.meta["val"] for node in program.inputs}
+    ids = feeds.get("input_ids")
+    if ids is None:
+        return feeds
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise QCompileError(f"input_ids has shape {list(ids.shape)}; give at least one token as [batch, sequence]")
+    past = 0
+    for name, fake in declared.items():
+        if name.startswith("past_key_values_"):
+            if name not in feeds:
+                sizes = [d if isinstance(d, int) else None for d in map(dim_expr, fake.shape)]
+                shape = [ids.shape[0], *(0 if d is None else d for d in sizes[1:])]
+                feeds[name] = torch.zeros(shape, dtype=fake.dtype, device=ids.device)
+            past = max(past, feeds[name].shape[-2])
+    if "attention_mask" in declared and "attention_mask" not in feeds:
+        feeds["attention_mask"] = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64, device=ids.device)
+    if "position_ids" in declared and "position_ids" not in feeds:
+        mask = feeds.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64, device=ids.device)
+        feeds["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return feeds
+
+
+def _check(program: Program, feeds: Mapping[str, Tensor]) -> None:
+    names = [node.name for node in program.inputs]
+    if missing := [name for name in names if name not in feeds]:
+        raise QCompileError(f"input {missing[0]!r} is missing; the program takes {names}")
+    if unknown := [name for name in feeds if name not in names]:
+        raise QCompileError(f"input {unknown[0]!r} is unknown; the program takes {names}")
+    for node in program.inputs:
+        fake, tensor = node.meta["val"], feeds[node.name]
+        if isinstance(fake, Tensor) and (tensor.ndim != fake.ndim or tensor.dtype != fake.dtype):
+            raise QCompileError(
+                f"input {node.name!r} is {tensor.dtype}{list(tensor.shape)}; the program takes {program.type_of(node)}"
+            )
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node → the nodes whose values nothing reads after it."""
+    seen: set[fx.Node] = set()
+    table: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                table.setdefault(node, []).append(source)
+    return table

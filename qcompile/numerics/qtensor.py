@@ -1,0 +1,56 @@
+"""A quantized tensor, and how far it is from the original."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import SpecError
+from qcompile.numerics.params import choose_qparams
+from qcompile.numerics.quantize import dequantize, quantize
+from qcompile.numerics.spec import QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes (one per int8 or uint8, in the tensor's shape), scale, zero-point (None for `sym`), and the spec of them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values that the codes stand for, as `dtype` (None: the scale's)."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec, dtype)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of codes, scales and zero-points together, over the elements."""
+        return self.spec.bits_per_element(self.codes.shape)
+
+
+def quantize_tensor(x: Tensor, spec: QuantSpec) -> QTensor:
+    """Choose parameters for `x` and round it (see `choose_qparams` and `quantize`)."""
+    scale, zero_point = choose_qparams(x, spec)
+    return QTensor(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
+
+
+def sqnr_db(x: Tensor, y: Tensor) -> float:
+    """Signal to quantization noise of `y` as a stand-in for `x`, in decibels: 10 log10(sum x^2 / sum (x - y)^2).
+
+    Summed in float64, a slice at a time; infinity where `y` equals `x`. SpecError where the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise SpecError(f"cannot compare a tensor of shape {list(x.shape)} with one of {list(y.shape)}; shapes must match")
+    signal = noise = 0.0
+    for part, other in zip(x.reshape(-1).split(1 << 20), y.reshape(-1).split(1 << 20), strict=True):
+        exact = part.to(torch.float64)
+        signal += float(exact.square().sum())
+        noise += float((exact - other.to(torch.float64)).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
