@@ -32,7 +32,24 @@ _HOMES = {
     "verify": "qcompile.artifact",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = [
+    "Artifact",
+    "CompiledModel",
+    "Pass",
+    "PassManager",
+    "Program",
+    "QCompileError",
+    "QuantSpec",
+    "Recipe",
+    "Report",
+    "__version__",
+    "capture",
+    "compile",
+    "load",
+    "register",
+    "run_passes",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from qcompile.artifact import Artifact, verify

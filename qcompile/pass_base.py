@@ -168,21 +168,26 @@ def parse_pipeline(text: str) -> list[Pass]:
 
 def make_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     """Build a pass from option values, each checked against its field's annotated type."""
+    made = make_dataclass(cls, options, f"pass {cls.name!r}")
+    assert isinstance(made, Pass)
+    return made
+
+
+def make_dataclass(cls: type[Any], options: Mapping[str, Any], called: str) -> Any:
+    """Build a dataclass from plain values. Raises RecipeError for an option it lacks or a value of the wrong type."""
     from pydantic import TypeAdapter, ValidationError
 
     names = [f.name for f in dataclasses.fields(cls)]
     for option in options:
         if option not in names:
             has = f"it has {', '.join(names)}" if names else "it has none"
-            raise RecipeError(f"pass {cls.name!r} has no option {option!r}{nearest(option, names)}; {has}")
+            raise RecipeError(f"{called} has no option {option!r}{nearest(option, names)}; {has}")
     try:
-        made: Pass = TypeAdapter(cls).validate_python(dict(options))
+        return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(
-            f"pass {cls.name!r}, option {'.'.join(map(str, first['loc']))}: {first['msg']} (given {first['input']!r})"
-        ) from None
-    return made
+        where = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{called}, option {where}: {first['msg']} (given {first['input']!r})") from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

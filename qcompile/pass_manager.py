@@ -118,7 +118,9 @@ class OpCounts:
 
     def after(self, index: int, pass_: Pass, program: Program, report: Report) -> None:
         now = op_counts(program)
-        changes = [f"{op} {now[op] - self.counts[op]:+d}" for op in sorted(now | self.counts) if now[op] != self.counts[op]]
+        changes = [
+            f"{op} {now[op] - self.counts[op]:+d}" for op in sorted(now | self.counts) if now[op] != self.counts[op]
+        ]
         report.note("operators: " + (", ".join(changes) or "unchanged"))
 
 
@@ -127,17 +129,26 @@ class Drift:
     """Runs the program on fixed inputs after each pass and records how far the outputs moved from before it.
 
     The measure is max |Δ| / max |before| over all floating-point outputs. Passes that promise to keep the function
-    and move it by more than `tolerance` raise.
+    and move it by more than `tolerance` raise. With `only_preserving`, no other passes are looked at; with
+    `at`, only the outputs after those passes (by index).
     """
 
     feeds: dict[str, Tensor]
     tolerance: float | None = None
+    only_preserving: bool = False
+    at: frozenset[int] | None = None
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def before(self, index: int, pass_: Pass, program: Program) -> None:
-        self.last = self.last or program.run(self.feeds)
+        if pass_.preserves_function or not self.only_preserving:
+            self.last = self.last or program.run(self.feeds)
 
     def after(self, index: int, pass_: Pass, program: Program, report: Report) -> None:
+        if self.only_preserving and not pass_.preserves_function:
+            self.last = {}  # the function changed on purpose: the next pass is measured from here
+            return
+        if self.at is not None and index not in self.at:
+            return
         now = program.run(self.feeds)
         report.drift = drift(now, self.last)
         self.last = now
@@ -154,7 +165,7 @@ def op_counts(program: Program) -> Counter[str]:
 
 
 def drift(now: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    """max |now − before| / max |before|, the largest over the floating-point outputs; inf where shapes differ or nan."""
+    """max |now − before| / max |before|, the largest over floating-point outputs; inf where shapes differ or nan."""
     worst = 0.0
     for name, old in before.items():
         new = now.get(name)
@@ -176,8 +187,13 @@ class Bisection:
     drift: float
 
 
-def bisect(program: Program, passes: Sequence[Pass], feeds: dict[str, Tensor], tolerance: float,
-           batches: Iterable[Tensor] | None = None) -> Bisection | None:
+def bisect(
+    program: Program,
+    passes: Sequence[Pass],
+    feeds: dict[str, Tensor],
+    tolerance: float,
+    batches: Iterable[Tensor] | None = None,
+) -> Bisection | None:
     """Find the first pass after which the outputs differ from the unchanged program's by more than `tolerance`.
 
     Runs O(log n) prefixes of the pipeline on copies of `program`, assuming that a program once broken stays broken.

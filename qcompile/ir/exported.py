@@ -38,7 +38,14 @@ _ASSERTS = {
 }
 # Identities in a functional graph.
 _IDENTITIES = {"aten::lift_fresh_copy", "aten::lift_fresh", "aten::detach", "aten::detach_", "aten::alias"}
-_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default}
+_CASTS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
 
 
 def from_exported(
@@ -117,7 +124,9 @@ class _Importer:
             if spec.kind is InputKind.USER_INPUT or not node.users:
                 continue
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                raise CaptureError(f"the exported program takes {spec.target!r}, a {spec.kind.name.lower()}: unsupported")
+                raise CaptureError(
+                    f"the exported program takes {spec.target!r}, a {spec.kind.name.lower()}: unsupported"
+                )
             assert spec.target is not None
             tensor, key = self.tensors.get(spec.target), self._name(spec.target)
             if tensor is not None and id(tensor) in seen:
@@ -141,7 +150,9 @@ class _Importer:
     def _call(self, node: fx.Node) -> None:
         target = node.target
         if isinstance(target, HigherOrderOperator):
-            raise CaptureError(f"{node.format_node()}: higher-order operator {target} is not supported; export without it")
+            raise CaptureError(
+                f"{node.format_node()}: higher-order operator {target} is not supported; export without it"
+            )
         if isinstance(target, OpOverload) and (name := target._schema.name) in _ASSERTS | _IDENTITIES:
             if name in _IDENTITIES:
                 self.table[node] = self.table[node.args[0]]  # type: ignore[index]
@@ -221,7 +232,7 @@ def to_exported(program: Program, fake: bool = False) -> ExportedProgram:
 
 def _reorder(graph: fx.Graph, names: list[str]) -> None:
     nodes = {n.name: n for n in graph.find_nodes(op="placeholder")}
-    first = next((n for n in graph.nodes if n.op != "placeholder"))
+    first = next(n for n in graph.nodes if n.op != "placeholder")
     for name in names:
         first.prepend(nodes[name])
 
@@ -264,9 +275,9 @@ def _needs_functionalising(exported: ExportedProgram) -> bool:
             continue
         if isinstance(node.target, HigherOrderOperator):
             return True
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            if node.target._schema.name not in _IDENTITIES:
-                return True
+        schema = node.target._schema if isinstance(node.target, OpOverload) else None
+        if schema is not None and schema.is_mutable and schema.name not in _IDENTITIES:
+            return True
     return False
 
 
@@ -303,7 +314,5 @@ def _output_names(exported: ExportedProgram, count: int) -> list[str]:
     paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec.out_spec))[0]]
     if len(paths) == 1 and not paths[0]:
         return ["output"]
-    plain = [
-        "_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) for path in paths
-    ]
+    plain = ["_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path) for path in paths]
     return [identifier(name) if not name[:1].isdigit() else f"output_{name}" for name in plain]

@@ -84,7 +84,9 @@ class _Reader:
         if self.given is not None and key in self.given:
             tensor = self.given[key]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise VerifyError(f"weight {key!r} is {tensor.dtype}{list(tensor.shape)}, declared {dtype}{list(shape)}")
+                raise VerifyError(
+                    f"weight {key!r} is {tensor.dtype}{list(tensor.shape)}, declared {dtype}{list(shape)}"
+                )
             return tensor
         if dtype.is_floating_point and dtype.itemsize > 1:
             return torch.randn(shape, generator=self.random, dtype=torch.float32).to(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor, fx
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.types import dim_expr
+
+
+@dataclass(frozen=True)
+class InputType:
+    """What an input must be; sizes that vary are None."""
+
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
 
 
 def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,29 +51,48 @@ def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(program: Program, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Complete the inputs of a decoder: an empty cache, a mask of ones, positions that follow the cache."""
+    """Complete the inputs of a decoder; see `fill_inputs`."""
+    return fill_inputs(signature(program), given)
+
+
+def signature(program: Program) -> dict[str, InputType]:
+    """Input name → its type; sizes that vary are None."""
+    return {
+        node.name: InputType(
+            node.meta["val"].dtype,
+            tuple(d if isinstance(d, int) else None for d in map(dim_expr, node.meta["val"].shape)),
+        )
+        for node in program.inputs
+        if isinstance(node.meta["val"], Tensor)
+    }
+
+
+def fill_inputs(declared: Mapping[str, InputType], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Complete the inputs of a decoder: an empty cache, a mask of ones, positions that count the mask's ones.
+
+    Raises QCompileError for an empty prompt.
+    """
     feeds = dict(given)
-    declared = {node.name: node.meta["val"] for node in program.inputs}
     ids = feeds.get("input_ids")
     if ids is None:
         return feeds
-    if ids.ndim != 2 or ids.shape[1] == 0:
+    if ids.ndim != 2 or ids.numel() == 0:
         raise QCompileError(f"input_ids has shape {list(ids.shape)}; give at least one token as [batch, sequence]")
+    batch, length = ids.shape
     past = 0
-    for name, fake in declared.items():
+    for name, kind in declared.items():
         if name.startswith("past_key_values_"):
             if name not in feeds:
-                sizes = [d if isinstance(d, int) else None for d in map(dim_expr, fake.shape)]
-                shape = [ids.shape[0], *(0 if d is None else d for d in sizes[1:])]
-                feeds[name] = torch.zeros(shape, dtype=fake.dtype, device=ids.device)
-            past = max(past, feeds[name].shape[-2])
-    if "attention_mask" in declared and "attention_mask" not in feeds:
-        feeds["attention_mask"] = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64, device=ids.device)
+                sizes = [batch, *(0 if d is None else d for d in kind.sizes[1:])]
+                feeds[name] = torch.zeros(sizes, dtype=kind.dtype, device=ids.device)
+            past = max(past, feeds[name].shape[2])
+    mask = feeds.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(batch, past + length, dtype=torch.int64, device=ids.device)
+    if "attention_mask" in declared:
+        feeds["attention_mask"] = mask
     if "position_ids" in declared and "position_ids" not in feeds:
-        mask = feeds.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(ids.shape[0], past + ids.shape[1], dtype=torch.int64, device=ids.device)
-        feeds["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        feeds["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
     return feeds
 
 

@@ -1,0 +1,219 @@
+"""The commands and their options; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcompile.cli import EXIT_CODES
+
+app = typer.Typer(
+    name="qcompile",
+    help="Compile a language model and a recipe into a smaller, faster model, and prove that it is the same model.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="An HF directory or hub id, a .pt2 file, a directory that qcompile saved, or zoo:llama, zoo:opt, zoo:moe. "
+        "Left out: the embedded Llama.",
+    ),
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="A preset's name or a YAML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Override a field: weights.group=64, activations=null."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Calibration and evaluation text: a file, .jsonl, a data set's name, or generated (default)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def export(
+    model: Model = None,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="What to make; `qcompile targets` lists them.")
+    ] = "onnx_qcdq",
+    recipe: RecipeOption = "int4-g128",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A new or empty directory.", show_default="qcompile-out/…")
+    ] = None,
+    settings: Settings = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the target: opset=23.")
+    ] = None,
+    data: Data = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure perplexity and KL before and after.")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compile a model and export it; it is run in its own runtime and compared before it is called done."""
+    from qcompile.cli.export import run
+
+    run(model, target, recipe, out, settings or [], option or [], data, evaluate, json)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|ARTIFACT", help="What to measure; artifacts run in their runtime.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="The original, for KL and top-1 agreement; an artifact knows its own.")
+    ] = None,
+    data: Data = None,
+    samples: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens a sequence, cut to the model's context.")] = 256,
+    documents: Annotated[
+        bool, typer.Option(help="Each document on its own, cut to the context, instead of packed text.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, and KL and top-1 agreement against the original."""
+    from qcompile.cli.evaluate import run
+
+    run(model, against, data, samples, length, documents, json)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="An exported artifact or a saved model.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check an artifact: files by hash, weights by their codes, logits in its runtime."""
+    from qcompile.cli.verify import run
+
+    run(directory, json)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT|PROGRAM", help="What to look at.")],
+    text: Annotated[bool, typer.Option("--text", help="Print the program as IR text.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model, an artifact or a program consists of."""
+    from qcompile.cli.inspect import run
+
+    run(model, text, json)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    recipe: RecipeOption = "int4-g128",
+    settings: Settings = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Also list what this target cannot take.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a recipe would do to each layer, and why, before anything is computed."""
+    from qcompile.cli.plan import run
+
+    run(model, recipe, settings or [], target, json)
+
+
+@app.command()
+def opt(
+    program: Annotated[str, typer.Argument(help="IR text (.qir), a .pt2 file, a saved program, or a model.")],
+    passes: Annotated[str, typer.Option("--passes", "-p", help="Like 'pass-a, pass-b(option=3)'.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help=".qir: text; .pt2: a torch.export program; else a directory.")
+    ] = None,
+    data: Data = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the program after each pass into this directory.")] = None,
+    print_changed: Annotated[bool, typer.Option(help="Print the program after each pass that changed it.")] = False,
+    drift: Annotated[bool, typer.Option(help="Measure how far each pass moves the outputs.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run passes on a program and say what each did."""
+    from qcompile.cli.opt import run
+
+    run(program, passes, out, data, dump, print_changed, drift, json)
+
+
+@app.command()
+def bisect(
+    program: Annotated[str, typer.Argument(help="IR text (.qir), a .pt2 file, a saved program, or a model.")],
+    passes: Annotated[str, typer.Option("--passes", "-p", help="The pipeline that breaks it.")],
+    tolerance: Annotated[float, typer.Option(help="Largest max|Δ|/max|output| that counts as unchanged.")] = 1e-4,
+    data: Data = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the first pass of a pipeline that changes what a program computes."""
+    from qcompile.cli.opt import run_bisect
+
+    run_bisect(program, passes, tolerance, data, json)
+
+
+@app.command()
+def passes(json: Json = False, debug: Debug = False) -> None:
+    """List the passes with their options."""
+    from qcompile.cli.lists import passes as run
+
+    run(json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this preset as YAML.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the preset recipes, or print one."""
+    from qcompile.cli.lists import recipes as run
+
+    run(name, json)
+
+
+@app.command()
+def targets(json: Json = False, debug: Debug = False) -> None:
+    """List the targets with their options."""
+    from qcompile.cli.lists import targets as run
+
+    run(json)
+
+
+@app.command(name="run")
+def run_command(
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT|MODEL", help="What to run; an artifact runs in its runtime.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--tokens", "-n", help="How many tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: greedy; above: sampled.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text."""
+    from qcompile.cli.generate import run
+
+    run(artifact, prompt, max_new_tokens, temperature, seed, json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    import qcompile
+
+    print(qcompile.__version__)

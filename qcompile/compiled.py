@@ -1,0 +1,146 @@
+"""`CompiledModel`: a program that has been through a recipe; runs, saves, loads, exports."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qcompile
+from qcompile.artifact import (
+    Artifact,
+    export_program,
+    float32_bytes,
+    input_entries,
+    library_versions,
+    quantized_weights,
+)
+from qcompile.atomic import staged_directory
+from qcompile.backend_base import make_backend
+from qcompile.errors import ArtifactError
+from qcompile.generate import generate
+from qcompile.ir.program import Program
+from qcompile.ir.run import fill
+from qcompile.manifest import Manifest, TensorEntry, describe_files
+from qcompile.recipe import Recipe
+from qcompile.report import CompileReport
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledModel:
+    """What `qcompile.compile` returns."""
+
+    program: Program
+    recipe: Recipe
+    report: CompileReport
+    reference: Program | None = None  # the same model before the recipe; None after loading
+
+    def __call__(self, input_ids: Tensor, **named: Tensor) -> Tensor:
+        """Logits ``[batch, sequence, vocabulary]`` for token ids ``[batch, sequence]`` (int64).
+
+        Mask, positions and an empty cache are filled in where not given by name.
+        """
+        logits: Tensor = self.program(input_ids=input_ids, **named)
+        return logits
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 32, *, temperature: float = 0.0, seed: int = 0
+    ) -> Tensor:
+        """Continue prompts ``[batch, sequence]`` with the KV cache, greedily unless `temperature` > 0."""
+
+        def step(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return self.program.run(fill(self.program, feeds))
+
+        with self.program.weights.caching():
+            return generate(
+                step,
+                input_ids,
+                max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                eos_token_id=self.program.info.get("eos_token_id"),
+            )
+
+    def save(self, directory: str | Path) -> None:
+        """Save program, codes and recipe; `qcompile.load` gives the same model, bit for bit.
+
+        Raises ArtifactError where the directory is not empty or cannot be written.
+        """
+        from qcompile.capture.saved import save_program
+
+        with staged_directory(directory) as staged:
+            save_program(self.program, staged)
+            (staged / "recipe.yaml").write_text(str(self.recipe))
+            self.report.write(staged / "report.json")
+            _copy_tokenizer(self.program, staged)
+            self._manifest(staged).write(staged)
+
+    def export(self, target: str, directory: str | Path, options: Mapping[str, Any] | None = None) -> Artifact:
+        """Lower to `target` (e.g. ``"onnx_qcdq"``), run it in its own runtime, compare, and put it in place.
+
+        Raises LoweringError for what the target cannot take, ArtifactError where runtime and Program disagree.
+        """
+        backend = make_backend(target, options)
+        recipe = self.recipe.model_dump(mode="json")
+        return export_program(self.program, directory, backend, recipe, self.report.sqnr(), self.reference)
+
+    def _manifest(self, directory: Path) -> Manifest:
+        specs, sqnr = quantized_weights(self.program), self.report.sqnr()
+        tensors = {}
+        for name, spec in specs.items():
+            parts = [k for k in (f"{name}.codes", f"{name}.scale", f"{name}.zero_point") if k in self.program.weights]
+            elements = int(torch.Size(self.program.weights.meta(parts[0])[0]).numel())
+            size = sum(self.program.weights.nbytes(k) for k in parts)
+            tensors[name] = TensorEntry(
+                container="int8",
+                elements=elements,
+                bytes=size,
+                bits_per_element=round(8 * size / elements, 4),
+                spec=spec,
+                sqnr_db=sqnr.get(name),
+            )
+        files = describe_files(directory)
+        return Manifest(
+            qcompile=qcompile.__version__,
+            kind="model",
+            main="program.qir",
+            model=self.program.info,
+            recipe=self.recipe.model_dump(mode="json"),
+            versions=library_versions(),
+            inputs=input_entries(self.program),
+            outputs=list(self.program.output_names),
+            tensors=tensors,
+            bits_per_weight=0.0,
+            quantized_bits_per_weight=None,
+            bytes=sum(f.bytes for f in files.values()),
+            float32_bytes=float32_bytes(self.reference or self.program),
+            files=files,
+        )
+
+
+def load(directory: str | Path) -> CompiledModel:
+    """Load what `CompiledModel.save` wrote; codes are bit-identical.
+
+    Raises ArtifactError where the directory holds no saved model, or a file of it is missing or was changed.
+    """
+    from qcompile.capture.saved import load_program
+
+    manifest = Manifest.read(directory)
+    if manifest.kind != "model":
+        raise ArtifactError(
+            f"{directory} is an exported artifact; open it with qcompile.Artifact.open, or load a saved model"
+        )
+    manifest.check_files(directory)
+    program = load_program(Path(directory))
+    return CompiledModel(program, Recipe.load(manifest.recipe), CompileReport.read(Path(directory) / "report.json"))
+
+
+def _copy_tokenizer(program: Program, directory: Path) -> None:
+    source = program.info.get("tokenizer")
+    if source and (path := Path(str(source)) / "tokenizer.json").is_file():
+        shutil.copyfile(path, directory / "tokenizer.json")
