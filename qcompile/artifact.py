@@ -100,13 +100,17 @@ class Artifact:
         """Continue a prompt ``[batch, sequence]`` in the artifact's own runtime, greedily unless `temperature` > 0."""
         from qcompile.generate import generate
 
+        def step(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return self.run_named({name: tensor for name, tensor in feeds.items() if name in self.manifest.inputs})
+
         return generate(
-            self.run_named,
+            step,
             input_ids,
             max_new_tokens,
             temperature=temperature,
             seed=seed,
             eos_token_id=self.info.get("eos_token_id"),
+            max_positions=self.info.get("max_positions"),
         )
 
 
@@ -178,7 +182,7 @@ def verify(directory: str | Path) -> Artifact:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes in row-major order, hexadecimal."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _reference(program: Program, directory: Path) -> dict[str, Tensor]:

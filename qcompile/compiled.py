@@ -23,9 +23,8 @@ from qcompile.artifact import (
 from qcompile.atomic import staged_directory
 from qcompile.backend_base import make_backend
 from qcompile.errors import ArtifactError
-from qcompile.generate import generate
+from qcompile.generate import ProgramStepper, generate, held_weights
 from qcompile.ir.program import Program
-from qcompile.ir.run import fill
 from qcompile.manifest import Manifest, TensorEntry, describe_files
 from qcompile.recipe import Recipe
 from qcompile.report import CompileReport
@@ -53,12 +52,9 @@ class CompiledModel:
     ) -> Tensor:
         """Continue prompts ``[batch, sequence]`` with the KV cache, greedily unless `temperature` > 0."""
 
-        def step(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return self.program.run(fill(self.program, feeds))
-
-        with self.program.weights.caching():
+        with held_weights(self.program):
             return generate(
-                step,
+                ProgramStepper(self.program),
                 input_ids,
                 max_new_tokens,
                 temperature=temperature,
@@ -86,7 +82,7 @@ class CompiledModel:
         Raises LoweringError for what the target cannot take, ArtifactError where runtime and Program disagree.
         """
         backend = make_backend(target, options)
-        recipe = self.recipe.model_dump(mode="json")
+        recipe = self.recipe.to_dict()
         return export_program(self.program, directory, backend, recipe, self.report.sqnr(), self.reference)
 
     def _manifest(self, directory: Path) -> Manifest:
@@ -110,7 +106,7 @@ class CompiledModel:
             kind="model",
             main="program.qir",
             model=self.program.info,
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self.recipe.to_dict(),
             versions=library_versions(),
             inputs=input_entries(self.program),
             outputs=list(self.program.output_names),

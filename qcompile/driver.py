@@ -113,6 +113,7 @@ def _batches(passes: Sequence[Pass], recipe: Recipe, data: Any, reference: Progr
     tokenizer = reference.info.get("tokenizer")
     if "input_ids" not in {n.name for n in reference.inputs}:
         raise QCompileError("calibration needs a program that reads input_ids; run the passes yourself with run_passes")
+    length = min(settings.length, int(reference.info.get("max_positions") or settings.length))
     return load_batches(
-        chosen, tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed, program=reference
+        chosen, tokenizer, settings.samples, length, settings.seed, batch=settings.batch, program=reference
     )

@@ -58,7 +58,7 @@ class Agreement(_Strict):
 class Manifest(_Strict):
     """Everything that is known of an artifact directory."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     qcompile: str
     kind: Literal["artifact", "model"]
     target: str | None = None

@@ -219,13 +219,15 @@ def _flow(value: Any) -> str:
     import yaml
 
     plain = _plain(value)
-    text = yaml.safe_dump(plain, default_flow_style=True, width=10**9, sort_keys=False)
-    return str(text).removesuffix("\n...\n").strip()
+    # Inside a list, so that text with a comma or a bracket in it comes out quoted.
+    text = str(yaml.safe_dump([plain], default_flow_style=True, width=10**9, sort_keys=False))
+    return text.strip()[1:-1]
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        shown = [f for f in dataclasses.fields(value) if getattr(value, f.name) != _default(f)]
+        return {f.name: _plain(getattr(value, f.name)) for f in shown}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):

@@ -55,8 +55,10 @@ class CompileReport:
         data = json.loads(path.read_text())
         passes = []
         for row in data["passes"]:
-            entries = {key: [Entry(**e) for e in row.pop(key)] for key in ("rewritten", "skipped")}
-            passes.append(Report(**row, **entries))
+            report = Report(**{k: v for k, v in row.items() if k not in ("rewritten", "skipped")})
+            report.rewritten = [Entry(**e) for e in row["rewritten"]]
+            report.skipped = [Entry(**e) for e in row["skipped"]]
+            passes.append(report)
         return cls(data["plan"], passes, tuple(data["notes"]), data["seconds"])
 
     def table(self) -> Table:

@@ -22,7 +22,7 @@ app = typer.Typer(
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="An HF directory or hub id, a .pt2 file, a directory that qcompile saved, or zoo:llama, zoo:opt, zoo:moe. "
         "Left out: the embedded Llama.",
     ),
@@ -74,8 +74,8 @@ def evaluate_command(
         str | None, typer.Option(help="The original, for KL and top-1 agreement; an artifact knows its own.")
     ] = None,
     data: Data = None,
-    samples: Annotated[int, typer.Option(help="Sequences to measure on.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens a sequence, cut to the model's context.")] = 256,
+    limit: Annotated[int, typer.Option(help="Sequences (or documents) to measure on, at most.")] = 64,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence; the model's context if not given.")] = None,
     documents: Annotated[
         bool, typer.Option(help="Each document on its own, cut to the context, instead of packed text.")
     ] = False,
@@ -85,7 +85,7 @@ def evaluate_command(
     """Measure perplexity, and KL and top-1 agreement against the original."""
     from qcompile.cli.evaluate import run
 
-    run(model, against, data, samples, length, documents, json)
+    run(model, against, data, limit, length, documents, json)
 
 
 @app.command()

@@ -13,9 +13,13 @@ from qcompile.backend_base import make_backend
 from qcompile.cli.show import console, print_json, size, status
 from qcompile.cli.subject import model_path
 from qcompile.compiled import CompiledModel
+from qcompile.data import load_passages
 from qcompile.driver import compile as compile_model
 from qcompile.errors import QCompileError, RecipeError
+from qcompile.evaluate import Evaluation, evaluate
 from qcompile.recipe import Recipe
+
+EVALUATION_LENGTH, EVALUATION_SAMPLES = 128, 32  # tokens a sequence, sequences
 
 
 def run(
@@ -26,7 +30,7 @@ def run(
     settings: list[str],
     options: list[str],
     data: str | None,
-    evaluate: bool,
+    measure: bool,
     as_json: bool,
 ) -> None:
     path = model_path(model)
@@ -39,10 +43,14 @@ def run(
     compiled = compile_model(path, chosen, data)
     status(f"lowering to {target}, running and comparing")
     artifact = compiled.export(target, out, made)
-    figures = _evaluate(compiled, artifact, data) if evaluate else {}
+    figures = _evaluate(compiled, artifact, data) if measure else None
     if as_json:
         print_json(
-            {"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(), "evaluation": figures}
+            {
+                "artifact": str(artifact.directory),
+                "manifest": artifact.manifest.model_dump(),
+                "evaluation": figures and figures.to_dict(),
+            }
         )
     else:
         _print(compiled, artifact, figures)
@@ -59,25 +67,17 @@ def parse_options(options: list[str]) -> dict[str, Any]:
     return made
 
 
-def _evaluate(compiled: CompiledModel, artifact: Artifact, data: str | None) -> dict[str, Any]:
+def _evaluate(compiled: CompiledModel, artifact: Artifact, data: str | None) -> Evaluation:
     """Perplexity of the original and of the artifact in its own runtime, and the KL between them."""
-    from qcompile.data import load_batches
-    from qcompile.evaluate import evaluate
-
     reference = compiled.reference
     if reference is None or "input_ids" not in {n.name for n in reference.inputs}:
         raise QCompileError("only language models can be evaluated; export with --no-evaluate")
-    length = min(128, int(reference.info.get("max_positions") or 128))
-    batches = load_batches(
-        data or "generated", reference.info.get("tokenizer"), samples=16, length=length, seed=1, program=reference
-    )
-    with reference.weights.caching():
-        before = evaluate(reference, data=batches)
-        after = evaluate(artifact, reference, data=batches)
-    return {"before": before.to_dict(), "after": after.to_dict()}
+    length = min(EVALUATION_LENGTH, int(reference.info.get("max_positions") or EVALUATION_LENGTH))
+    passages = load_passages(data or "generated", length=length, limit=EVALUATION_SAMPLES, program=reference)
+    return evaluate(artifact, reference, data=passages)
 
 
-def _print(compiled: CompiledModel, artifact: Artifact, figures: dict[str, Any]) -> None:
+def _print(compiled: CompiledModel, artifact: Artifact, figures: Evaluation | None) -> None:
     from rich.table import Table
 
     out, manifest = console(), artifact.manifest
@@ -90,10 +90,12 @@ def _print(compiled: CompiledModel, artifact: Artifact, figures: dict[str, Any])
     table.add_row(
         "bits per weight", f"{manifest.bits_per_weight:.2f}; quantized layers {manifest.quantized_bits_per_weight:.2f}"
     )
-    if figures:
-        before, after = figures["before"], figures["after"]
-        table.add_row("perplexity", f"{before['perplexity']:.4f} before, {after['perplexity']:.4f} after")
-        table.add_row("KL to the original", f"{after['kl']:.5f} nats per token; top-1 agreement {after['top1']:.1%}")
+    if figures is not None and figures.kl is not None and figures.top1 is not None:
+        table.add_row("perplexity", f"{figures.reference_perplexity:.4f} before, {figures.perplexity:.4f} after")
+        table.add_row(
+            "KL to the original", f"{figures.kl} nats per token; same likeliest token {figures.top1.mean:.1%}"
+        )
+        table.add_row("measured on", f"{figures.tokens:,} tokens, {figures.data}, in {artifact.backend.runtime}")
     if (agreement := manifest.agreement) is not None:
         same = f"max |Δlogit| / max |logit| = {agreement.max_relative_error:.1e} (tolerance {agreement.tolerance:.0e})"
         table.add_row(f"{agreement.runtime} agrees", f"{same}; same top token {agreement.top1:.1%}")

@@ -28,7 +28,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         recipe = Recipe.load(name)
-        print_json(recipe.model_dump(mode="json")) if as_json else print(recipe, end="")
+        print_json(recipe.to_dict()) if as_json else print(recipe, end="")
         return
     known = Recipe.presets()
     if as_json:
@@ -41,20 +41,17 @@ def recipes(name: str | None, as_json: bool) -> None:
 
 
 def _table(title: str, classes: dict[str, Any], as_json: bool) -> None:
-    rows = {
-        name: {
-            "does": (inspect.getdoc(cls) or "").splitlines()[0],
-            "options": {f.name: {"type": str(f.type), "default": _default(f)} for f in dataclasses.fields(cls)},
-        }
-        for name, cls in classes.items()
+    does = {name: (inspect.getdoc(cls) or "").splitlines()[0] for name, cls in classes.items()}
+    options = {
+        name: {f.name: (str(f.type), _default(f)) for f in dataclasses.fields(cls)} for name, cls in classes.items()
     }
     if as_json:
-        print_json(rows)
+        shown = {n: {o: {"type": t, "default": d} for o, (t, d) in options[n].items()} for n in classes}
+        print_json({n: {"does": does[n], "options": shown[n]} for n in classes})
         return
     table = Table("name", "what it does", "options (default)", title=title)
-    for name, row in rows.items():
-        options = "\n".join(f"{option}: {o['type']} = {o['default']}" for option, o in row["options"].items())
-        table.add_row(name, row["does"], options)
+    for name in classes:
+        table.add_row(name, does[name], "\n".join(f"{o}: {t} = {d}" for o, (t, d) in options[name].items()))
     console().print(table)
 
 

@@ -206,7 +206,7 @@ def to_exported(program: Program, fake: bool = False) -> ExportedProgram:
         tensor = node.meta["val"] if fake else program.weights[key]
         if node.meta["val"].dtype.is_floating_point:
             inputs.append(InputSpec(InputKind.PARAMETER, argument, target=key))
-            state[key] = tensor if fake else torch.nn.Parameter(tensor, requires_grad=False)
+            state[key] = torch.nn.Parameter(tensor, requires_grad=False)
         else:
             inputs.append(InputSpec(InputKind.BUFFER, argument, target=key, persistent=True))
             state[key] = tensor

@@ -53,7 +53,7 @@ class _Reader:
         self.lines, self.given = lines, weights
         self.random = torch.Generator().manual_seed(seed)
         self.graph = fx.Graph()
-        self.store = WeightStore()
+        self.store = weights if isinstance(weights, WeightStore) else WeightStore()  # a store is used, not copied
         self.building = Program(self.graph, self.store, (), new_fake_mode())
         self.names: dict[str, fx.Node] = {}
         self.symbols: dict[str, torch.SymInt] = {}
@@ -69,7 +69,8 @@ class _Reader:
             key = argument.arg if default is None else ast.literal_eval(default)
             shape = tuple(int(s) for s in sizes)
             node = self._placeholder(argument.arg)
-            self.store[key] = self._tensor(key, shape, dtype)
+            if self.store is not self.given:
+                self.store[key] = self._tensor(key, shape, dtype)
             node.meta.update(weight=key, val=self.building.fake(shape, dtype))
         for argument in function.args.args:
             dtype, sizes = _tensor_type(argument.annotation)

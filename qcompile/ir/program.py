@@ -65,8 +65,7 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The one node that returns."""
-        (node,) = self.graph.find_nodes(op="output")
-        return node
+        return self.graph.output_node()
 
     @property
     def outputs(self) -> dict[str, Argument]:
@@ -149,7 +148,7 @@ class Program:
         anchor = self.weight_nodes[-1:]  # keep weights before inputs
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_after(anchor[0]) if anchor else self.graph.inserting_before(first):
-            node = self.graph.placeholder(identifier(key))
+            node = self.graph.create_node("placeholder", identifier(key), name=identifier(key))
         node.meta.update(weight=key, module=module, val=self.fake(shape, dtype))
         return node
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ class InputType:
     sizes: tuple[int | None, ...]
 
 
-def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run `program` on inputs by name; returns outputs by name.
+def run(
+    program: Program, feeds: Mapping[str, Tensor], observe: Callable[[fx.Node, Any], None] | None = None
+) -> dict[str, Tensor]:
+    """Run `program` on inputs by name; returns outputs by name. `observe` is shown every input and every result.
 
     Raises QCompileError for an input that is missing, unknown, or of another rank or dtype than declared.
     """
@@ -35,6 +37,9 @@ def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return program.weights[node.meta["weight"]] if "weight" in node.meta else values[node]
 
     with torch.no_grad():
+        if observe is not None:
+            for node in program.inputs:
+                observe(node, values[node])
         for node in program.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
@@ -43,6 +48,8 @@ def run(program: Program, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 except Exception as error:
                     error.add_note(f"in {node.format_node()} of module {program.module_of(node)!r}")
                     raise
+                if observe is not None:
+                    observe(node, values[node])
             elif node.op == "output":
                 returned = fx.map_arg(node.args[0], value)
             for dead in last_use.get(node, ()):

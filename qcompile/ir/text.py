@@ -25,7 +25,7 @@ def print_program(program: Program) -> str:
     one_line = f"def main({', '.join(parameters)}):"
     head = one_line if len(one_line) <= 120 else "def main(\n    " + ",\n    ".join(parameters) + ",\n):"
     body = [_line(program, n) for n in program.nodes]
-    returned = ", ".join(f'"{name}": {literal(value)}' for name, value in program.outputs.items())
+    returned = ", ".join(f"{literal(name)}: {literal(value)}" for name, value in program.outputs.items())
     return "\n".join([head, *body, f"    return {{{returned}}}"])
 
 
@@ -64,7 +64,7 @@ def literal(value: Any) -> str:
 def _weight(program: Program, node: fx.Node) -> str:
     text = f"{node.name}: {type_of(node.meta['val'], program.symbols)}"
     key = program.key(node)
-    return text if key == node.name else f'{text} = "{key}"'
+    return text if key == node.name else f"{text} = {literal(key)}"
 
 
 def _line(program: Program, node: fx.Node) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 SHORT: dict[torch.dtype, str] = {dtype: short for short, dtype in DTYPES.items()}
 
-Dim = int | sympy.Expr
+Dim: TypeAlias = int | sympy.Expr
 
 
 def dim_expr(size: Any) -> Dim:

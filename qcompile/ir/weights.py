@@ -127,7 +127,10 @@ class WeightStore(MutableMapping[str, Tensor]):
         """Record `fn` to be applied whenever `key` is read; say the new shape or dtype where they change."""
         entry = self._entries[key]
         self._entries[key] = replace(
-            entry, edits=(*entry.edits, fn), shape=shape or entry.shape, dtype=dtype or entry.dtype
+            entry,
+            edits=(*entry.edits, fn),
+            shape=entry.shape if shape is None else tuple(shape),  # () is a shape
+            dtype=dtype or entry.dtype,
         )
         self._forget(key)
 

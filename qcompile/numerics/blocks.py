@@ -29,10 +29,10 @@ def check_scale(shape: Sequence[int], scale_shape: Sequence[int]) -> None:
 
 def split(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
     """View `x` with each grouped axis as two: the group, and the place in it. Axes with one or every scale stay."""
-    for axis in reversed(range(x.dim())):
-        if 1 < scale_shape[axis] < x.shape[axis]:
-            x = x.unflatten(axis, (scale_shape[axis], x.shape[axis] // scale_shape[axis]))
-    return x
+    shape: list[int] = []
+    for size, scales in zip(x.shape, scale_shape, strict=True):
+        shape += [scales, size // scales] if 1 < scales < size else [size]
+    return x.view(shape)
 
 
 def spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
@@ -62,7 +62,7 @@ def rows(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
     view = split(x, scale_shape)
     inner = inner_axes(x.shape, scale_shape)
     outer = [axis for axis in range(view.dim()) if axis not in inner]
-    return view.permute(*outer, *inner).reshape(math.prod(scale_shape), -1)
+    return view.permute([*outer, *inner]).reshape(math.prod(scale_shape), -1)
 
 
 def tiles(
@@ -70,8 +70,8 @@ def tiles(
 ) -> Iterator[tuple[Slices, Slices]]:
     """Slices of a tensor of `shape` and of its scale that cover it in tiles of about `elements` or fewer entries.
 
-    A tile never cuts through part of a group that is larger than one but smaller than its axis; where one scale spans a whole
-    axis, the axis may be cut unless `whole_blocks`. Tiles are larger where such a rule or one block demands it.
+    A tile holds whole groups; where one scale spans an axis, that axis may be cut unless `whole_blocks`. A tile is
+    larger than `elements` where one block is.
     """
     yield from _tiles(tuple(shape), tuple(scale_shape), 0, whole_blocks, elements)
 
@@ -88,7 +88,9 @@ def _tiles(
     cuttable = scales == 1 and not whole_blocks
     block = 1 if cuttable else size // scales
     step = max(1, elements // (rest // size) // block) * block
-    deeper = list(_tiles(shape, scale_shape, axis + 1, whole_blocks, elements)) if step == block else None
+    # One step is the least this axis can be cut into; where even that is too much, the next axis is cut as well.
+    smaller = max(1, elements // block)
+    deeper = list(_tiles(shape, scale_shape, axis + 1, whole_blocks, smaller)) if step == block else None
     for start in range(0, size, step):
         here = slice(start, start + step)
         there = slice(None) if scales == 1 else slice(start // block, (start + step) // block)

@@ -28,7 +28,10 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Percentile:
-    """`sym`: the `percent`-th percentile of |x|; `asym`: the (100 - percent)-th and percent-th of x. Linear between ranks."""
+    """`sym`: the `percent`-th percentile of |x|; `asym`: the (100 - percent)-th and percent-th of x.
+
+    Linear between the two nearest ranks.
+    """
 
     percent: float = 99.999
 
@@ -42,7 +45,7 @@ class Percentile:
 
 @dataclass(frozen=True)
 class LeastError:
-    """The shrunk range, over a grid, whose dequantized group has the least sum of |x - dequantized| ** norm."""
+    """The range, of a grid of shrunk and grown ones, with the least sum of |x - dequantized| ** norm in its group."""
 
     norm: float = 2.0
 
@@ -60,12 +63,18 @@ CRITERIA = ("absmax", "minmax", "percentile", "mse")
 
 
 def parse_criterion(text: str) -> Criterion:
-    """Read `absmax`, `minmax`, `percentile`, `percentile=99.9`, `mse` or `mse=2.4`; SpecError names the nearest word."""
+    """Read `absmax`, `minmax`, `percentile[=99.9]` or `mse[=2.4]`; SpecError names the nearest word."""
     word, equals, value = text.partition("=")
     if word not in CRITERIA:
         raise SpecError(f"unknown observer {text!r}{nearest(word, CRITERIA)}; observers are {', '.join(CRITERIA)}")
     if not equals:
-        return {"absmax": AbsMax(), "minmax": MinMax(), "percentile": Percentile(), "mse": LeastError()}[word]
+        defaults: dict[str, Criterion] = {
+            "absmax": AbsMax(),
+            "minmax": MinMax(),
+            "percentile": Percentile(),
+            "mse": LeastError(),
+        }
+        return defaults[word]
     if word in ("absmax", "minmax"):
         raise SpecError(f"observer {word} takes no value, got {text!r}; write {word}")
     try:

@@ -69,6 +69,6 @@ def parse_element(word: str) -> Element:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """`, did you mean '…'?` where some valid word is close to `word`, else the empty string."""
+    """` (did you mean '…'?)` where some valid word is close to `word`, else the empty string."""
     close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -54,7 +54,7 @@ def split_words(text: str) -> dict[str, object]:
         elif not equals or name not in _NAMES:
             hint = nearest(name, _NAMES) if equals else nearest(word, [*_WORDS, *(f"{n}=" for n in _NAMES), *ELEMENTS])
             known = f"{', '.join(_WORDS)}, group=, block=, axis=, scale=, zero="
-            raise SpecError(f"unknown word {word!r} in spec {text!r}{hint or ''}; after the element come {known}")
+            raise SpecError(f"unknown word {word!r} in spec {text!r}{hint}; after the element come {known}")
         if name in fields:
             raise SpecError(f"{word!r} sets {name} again in spec {text!r}, after {fields[name]!r}; keep one")
         fields[name] = value
@@ -116,9 +116,8 @@ def join_words(fields: Mapping[str, str | int]) -> str:
     """The spec string of `describe`'s fields."""
     words = []
     for name, value in fields.items():
-        plain = name == "element" or _WORDS.get(str(value)) == name
-        percentile = name == "observer" and str(value).startswith("percentile=")
-        words.append(str(value) if plain or percentile else f"{name}={value}")
+        plain = name in ("element", "observer") or _WORDS.get(str(value)) == name
+        words.append(str(value) if plain else f"{name}={value}")
     return " ".join(words)
 
 
@@ -194,7 +193,7 @@ def _criterion(given: Mapping[str, object], symmetric: bool) -> Criterion:
 
 def _scale(given: Mapping[str, object]) -> ScaleType:
     word = given.get("scale", "f32")
-    return _choice({"scale": "pow2" if word == "pow2(midmax)" else word}, "scale", SCALE_TYPES, "f32")
+    return _choice({"scale": "pow2" if word == "pow2(ceil)" else word}, "scale", SCALE_TYPES, "f32")
 
 
 def _choice(given: Mapping[str, object], name: str, valid: tuple[T, ...], default: T | Literal["", None]) -> T:

@@ -12,21 +12,27 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import SpecError
-from qcompile.numerics.blocks import inner_axes, rows, split, tiles
+from qcompile.numerics.blocks import inner_axes, rows, split, spread, tiles
 from qcompile.numerics.criterion import LeastError, Percentile
-from qcompile.numerics.quantize import dequantize, quantize, work_dtype
+from qcompile.numerics.quantize import float_codes, work_dtype
 from qcompile.numerics.scale_type import is_pow2, round_scale
 from qcompile.numerics.spec import QuantSpec
 
-SHRINK_GRID = tuple(1.0 - step / 100 for step in range(65))
-"""What the mse observer multiplies the range by: 1.00, 0.99, … 0.36."""
+RANGE_GRID = (1.0, *(step / 50 for step in (*range(58, 50, -1), *range(49, 19, -1))))
+"""What the mse observer multiplies the range by: 1, then 1.16 to 0.40 in steps of 0.02. The first of equals wins.
+
+Halving the step gains under 0.02 dB. A range that grows gains 0.1 dB at 4 bits and 0.3 to 0.8 dB at 8.
+"""
+
+POW2_GRID = (1.0, 2.0, 0.5, 0.25)
+"""The same where scales are powers of two: the realisable neighbours."""
 
 
 def choose_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point (None where `spec` is symmetric) for `x`, of any float dtype and shape.
 
-    Both have shape `spec.scale_shape(x.shape)`, dtypes `spec.scale_dtype` and `spec.zero_dtype`. A group of zeros, or an
-    empty one, gets scale 1. Raises SpecError where a group does not divide, or where `x` holds nan or infinity.
+    Both have shape `spec.scale_shape(x.shape)`, dtypes `spec.scale_dtype` and `spec.zero_dtype`. A group of zeros, or
+    an empty one, gets scale 1. Raises SpecError where a group does not divide, or where `x` holds nan or infinity.
     """
     work = work_dtype(x)
     shape = spec.scale_shape(x.shape)
@@ -34,13 +40,20 @@ def choose_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         nothing = torch.zeros(shape, dtype=work, device=x.device)
         return qparams_from_range(nothing, nothing, spec, x.dtype)
     low, high = _extremes(x, shape)
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise SpecError(f"{spec}: the tensor (shape {list(x.shape)}) holds nan or infinity; find its source, or clamp it first")
+    check_finite(low, high, x, spec)
     if isinstance(spec.observer, Percentile):
         low, high = _percentiles(x.to(work), low, high, spec)
     elif isinstance(spec.observer, LeastError):
         low, high = _least_error_range(x, low.to(work), high.to(work), spec, spec.observer.norm)
     return qparams_from_range(low.to(work), high.to(work), spec, x.dtype)
+
+
+def check_finite(low: Tensor, high: Tensor, x: Tensor, spec: QuantSpec) -> None:
+    """SpecError where the extremes of `x` show that it holds nan or infinity."""
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise SpecError(
+            f"{spec}: the tensor (shape {list(x.shape)}) holds nan or infinity; find its source, or clamp it"
+        )
 
 
 def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -65,6 +78,17 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.
     return round_scale(torch.where(step == 0, 1.0, step), spec.scale), None
 
 
+def one_sided(low: Tensor, high: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """A range of magnitude `largest` on the side of the larger of `low` and `high`, where a signed scale points."""
+    negative = -low >= high
+    return torch.where(negative, -largest, 0), torch.where(negative, 0, largest)
+
+
+def error_grid(spec: QuantSpec) -> tuple[float, ...]:
+    """The factors by which the mse observer tries to scale a range."""
+    return POW2_GRID if is_pow2(spec.scale) else RANGE_GRID
+
+
 def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     steps = spec.qmax - spec.qmin
     # The width of a range of huge values of both signs overflows; its parts do not.
@@ -78,8 +102,8 @@ def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Ten
 
 
 def _reach(spec: QuantSpec, dtype: torch.dtype) -> float:
-    # The code farthest from 0 stands for at most 2^b / (2^b - 1) of the range, or 8 times it where scales are powers of two;
-    # 1/128 is left for the rounding of scale and zero-point.
+    # The code farthest from 0 stands for at most 2^b / (2^b - 1) of the range, or 8 times it where scales are powers of
+    # two; 1/128 is left for the rounding of scale and zero-point.
     share = 0.125 if is_pow2(spec.scale) else 1 - 2.0**-spec.bits
     return torch.finfo(dtype).max * share * (1 - 2.0**-7)
 
@@ -100,10 +124,7 @@ def _percentiles(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple
         return -_percentile(-values, percent).reshape(low.shape), _percentile(values, percent).reshape(low.shape)
     if not spec.signed:
         return torch.zeros_like(low), _percentile(values.clamp(min=0), percent).reshape(low.shape)
-    largest = _percentile(values.abs(), percent).reshape(low.shape)
-    # The side of the largest entry keeps the sign of a signed scale; the threshold only shortens it.
-    negative = -low >= high
-    return torch.where(negative, -largest, 0), torch.where(negative, 0, largest)
+    return one_sided(low, high, _percentile(values.abs(), percent).reshape(low.shape))
 
 
 def _percentile(values: Tensor, percent: float) -> Tensor:
@@ -118,25 +139,28 @@ def _percentile(values: Tensor, percent: float) -> Tensor:
     return lower + (upper - lower) * (place - rank)
 
 
-def _least_error_range(
-    x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, norm: float
-) -> tuple[Tensor, Tensor]:
+def _least_error_range(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, norm: float) -> tuple[Tensor, Tensor]:
     best = torch.ones_like(low)
     for here, there in tiles(x.shape, low.shape, whole_blocks=True):
-        best[there] = _best_shrink(x[here].to(low.dtype), low[there], high[there], spec, x.dtype, norm)
+        best[there] = _best_factor(x[here].to(low.dtype), low[there], high[there], spec, x.dtype, norm)
     return low * best, high * best
 
 
-def _best_shrink(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype, norm: float) -> Tensor:
-    inner = inner_axes(x.shape, low.shape)
+def _best_factor(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype, norm: float) -> Tensor:
+    view, inner = split(x, low.shape), inner_axes(x.shape, low.shape)
     best = torch.ones_like(low)
     least = torch.full_like(low, math.inf)
-    for shrink in SHRINK_GRID:
-        scale, zero = qparams_from_range(low * shrink, high * shrink, spec, dtype)
-        error = dequantize(quantize(x, scale, zero, spec), scale, zero, spec, x.dtype).sub_(x)
+    for factor in error_grid(spec):
+        scale, zero = qparams_from_range(low * factor, high * factor, spec, dtype)
+        step = spread(scale.to(x.dtype), x.shape)
+        offset = None if zero is None else spread(zero.to(x.dtype), x.shape)
+        error = float_codes(view, step, offset, spec)
+        if offset is not None:
+            error.sub_(offset)
+        error.mul_(step).sub_(view)
         error = error.square_() if norm == 2 else error.abs_().pow_(norm)
-        total = split(error, low.shape).sum(inner, keepdim=True).reshape(low.shape) if inner else error
+        total = error.sum(inner).reshape(low.shape) if inner else error
         better = total < least
         least = torch.where(better, total, least)
-        best = torch.where(better, shrink, best)
+        best = torch.where(better, factor, best)
     return best

@@ -16,7 +16,7 @@ from qcompile.numerics.spec import QuantSpec
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """Codes (one per int8 or uint8, in the tensor's shape), scale, zero-point (None for `sym`), and the spec of them."""
+    """Codes (one per int8 or uint8, in the tensor's shape), scale, zero-point (None for `sym`), and their spec."""
 
     codes: Tensor
     scale: Tensor
@@ -45,9 +45,11 @@ def sqnr_db(x: Tensor, y: Tensor) -> float:
     Summed in float64, a slice at a time; infinity where `y` equals `x`. SpecError where the shapes differ.
     """
     if x.shape != y.shape:
-        raise SpecError(f"cannot compare a tensor of shape {list(x.shape)} with one of {list(y.shape)}; shapes must match")
+        raise SpecError(
+            f"cannot compare a tensor of shape {list(x.shape)} with one of {list(y.shape)}; shapes must match"
+        )
     signal = noise = 0.0
-    for part, other in zip(x.reshape(-1).split(1 << 20), y.reshape(-1).split(1 << 20), strict=True):
+    for part, other in zip(torch.split(x.reshape(-1), 1 << 20), torch.split(y.reshape(-1), 1 << 20), strict=True):
         exact = part.to(torch.float64)
         signal += float(exact.square().sum())
         noise += float((exact - other.to(torch.float64)).square().sum())

@@ -25,20 +25,29 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     scale = scale.to(work)
     zero = None if zero_point is None else zero_point.to(work)
     for here, there in tiles(x.shape, scale.shape, elements=_tile_elements(x)):
-        steps = torch.div(split(x[here].to(work), scale[there].shape), spread(scale[there], x[here].shape))
         offset = None if zero is None else spread(zero[there], x[here].shape)
-        if offset is not None and spec.zero == "float":
-            steps.add_(offset).round_()
-        elif offset is not None:
-            steps.round_().add_(offset)
-        else:
-            steps.round_()
-        steps.clamp_(spec.qmin, spec.qmax)
+        steps = float_codes(
+            split(x[here].to(work), scale[there].shape), spread(scale[there], x[here].shape), offset, spec
+        )
         # What is left is finite unless a nan came in, and a cast would turn that into some code in silence.
         if not bool(torch.isfinite(steps.sum())):
-            raise SpecError(f"{spec}: the tensor to quantize (shape {list(x.shape)}) or its scale holds nan; find its source")
+            raise SpecError(
+                f"{spec}: the tensor to quantize (shape {list(x.shape)}) or its scale holds nan; find its source"
+            )
         split(codes[here], scale[there].shape).copy_(steps)
     return codes
+
+
+def float_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The codes of `x` still in its float dtype, for parameters of that dtype that broadcast against it."""
+    steps = torch.div(x, scale)
+    if zero_point is not None and spec.zero == "float":
+        steps.add_(zero_point).round_()
+    elif zero_point is not None:
+        steps.round_().add_(zero_point)
+    else:
+        steps.round_()
+    return steps.clamp_(spec.qmin, spec.qmax)
 
 
 def dequantize(
@@ -79,9 +88,14 @@ def _check(shape: torch.Size, scale: Tensor, zero_point: Tensor | None, spec: Qu
     check_scale(shape, scale.shape)
     if (zero_point is None) != spec.symmetric:
         found = "none" if zero_point is None else f"one of shape {list(zero_point.shape)}"
-        raise SpecError(f"{spec} {'has no' if spec.symmetric else 'needs a'} zero-point, and {found} was given; pass what choose_qparams returned")
+        raise SpecError(
+            f"{spec} {'has no' if spec.symmetric else 'needs a'} zero-point, and {found} was given; "
+            "pass what choose_qparams returned"
+        )
     if zero_point is not None and zero_point.shape != scale.shape:
-        raise SpecError(f"zero-point of shape {list(zero_point.shape)} does not match its scale of shape {list(scale.shape)}; they must be equal")
+        raise SpecError(
+            f"zero-point of shape {list(zero_point.shape)} for a scale of shape {list(scale.shape)}; they must be equal"
+        )
 
 
 def _tile_elements(x: Tensor) -> int:

@@ -37,10 +37,10 @@ class QuantSpec:
       absmax / 2^(b-1); `signed` the entry of largest magnitude maps to -2^(b-1), so the scale carries a sign.
       Default `signed` for weights (`when` unset), `half` for activations, `narrow` for ternary, `full` for unsigned
       elements (scale = max / (2^b - 1); negative entries clamp to 0).
-    - `granularity`: `tensor`, `channel [axis=]`, `token`, `group=N [axis=]`, `block=RxC`. Default `channel` for weights,
-      `token` where dynamic, `tensor` where static. Default axis: for `group` the last; for `channel` the first of a
-      weight and the last of an activation; `axis=0,1` keeps two.
-    - `scale`: `scale=f32` (default), `f16`, `bf16`, `pow2` (nearest in log2), `pow2(ceil)`, `pow2(floor)`, `pow2(round)`.
+    - `granularity`: `tensor`, `channel [axis=]`, `token`, `group=N [axis=]`, `block=RxC`. Default `channel` for
+      weights, `token` where dynamic, `tensor` where static. Default axis: for `group` the last; for `channel` the
+      first of a weight and the last of an activation; `axis=0,1` keeps two.
+    - `scale`: `scale=f32` (default), `f16`, `bf16`, `pow2` (rounded up), `pow2(floor)`, `pow2(round)`, `pow2(midmax)`.
     - `zero`: `zero=none` for `sym`; `zero=int` (in the code range; default) or `zero=float` for `asym`.
     - `when`: `static` or `dynamic` for activations, unset for weights.
     - `observer`: `absmax` (default of `sym`), `minmax` (default of `asym`), `percentile=99.999`, `mse`, `mse=2.4`.
@@ -125,7 +125,7 @@ class QuantSpec:
         return self.scale_dtype if self.zero == "float" else self.storage
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The scale's shape for a tensor of `shape` (sizes may be symbolic); SpecError where a group does not divide."""
+        """The scale's shape for a tensor of `shape` (sizes may be symbolic); SpecError where groups do not divide."""
         return self.granularity.scale_shape(shape)
 
     def bits_per_element(self, shape: Sequence[int]) -> float:
@@ -155,7 +155,9 @@ def _range_reason(spec: QuantSpec) -> str | None:
     if spec.element.ternary:
         if not spec.symmetric:
             return "ternary has no zero-point; use sym, or int2 asym"
-        return None if spec.range == "narrow" else f"ternary is the narrow two-bit range; drop {spec.range}, or use int2"
+        return (
+            None if spec.range == "narrow" else f"ternary is the narrow two-bit range; drop {spec.range}, or use int2"
+        )
     if not spec.symmetric:
         return None if spec.range == "full" else f"asym always uses every code; drop {spec.range}, or use sym"
     if not spec.signed:
@@ -182,7 +184,9 @@ def _scale_reason(spec: QuantSpec) -> str | None:
     if spec.when not in (None, "static", "dynamic"):
         return f"unknown when {spec.when!r}; use static, dynamic, or neither for a weight"
     if spec.when == "static" and isinstance(spec.granularity, PerToken | PerGroup | PerBlock):
-        return f"{spec.granularity} has one scale for every token, unknown before run time; use dynamic, tensor or channel"
+        return (
+            f"{spec.granularity} has one scale for every token, unknown before run time; use dynamic, tensor or channel"
+        )
     return None
 
 

@@ -1,0 +1,62 @@
+"""`genai_config.json`: what onnxruntime-genai needs to know to run a decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qcompile.ir.program import Program
+
+_KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "olmo")
+"""Model types that onnxruntime-genai has a decoder of this form for; others are declared as llama, which is that form."""
+
+
+def write_genai_config(program: Program, directory: Path) -> bool:
+    """Write the file if `program` is a captured decoder with a key-value cache; whether it is."""
+    config = program.info.get("config")
+    layers = sum(name.endswith("_key") and name.startswith("present_") for name in program.output_names)
+    if not config or not layers or "logits" not in program.output_names:
+        return False
+    path = directory / "genai_config.json"
+    path.write_text(json.dumps(_config(program, config, layers), indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _config(program: Program, config: dict[str, Any], layers: int) -> dict[str, Any]:
+    info = program.info
+    inputs = {node.name for node in program.inputs}
+    key = next(node for node in program.inputs if node.name == "past_key_values_0_key").meta["val"]
+    decoder_inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    end = info.get("eos_token_id")
+    kind = info.get("model_type")
+    return {
+        "model": {
+            "type": kind if kind in _KINDS else "llama",
+            "bos_token_id": info.get("bos_token_id"),
+            "eos_token_id": end,
+            "pad_token_id": config.get("pad_token_id") or (end[0] if isinstance(end, list) else end),
+            "context_length": info.get("max_positions"),
+            "vocab_size": info.get("vocab_size"),
+            "decoder": {
+                "filename": "model.onnx",
+                "session_options": {"provider_options": []},
+                "head_size": int(key.shape[-1]),
+                "hidden_size": config.get("hidden_size"),
+                "num_attention_heads": config.get("num_attention_heads"),
+                "num_key_value_heads": int(key.shape[1]),
+                "num_hidden_layers": layers,
+                "inputs": {
+                    **decoder_inputs,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"do_sample": False, "max_length": info.get("max_positions"), "past_present_share_buffer": False},
+    }

@@ -1,0 +1,87 @@
+"""Lowering: obstacles, then the program's rewriting, its conversion, and files written tensor by tensor."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcompile.backend_base import LoweredFiles, StoredTensor, refuse
+from qcompile.backends.onnx_qcdq.obstacles import obstacles, require_packages
+from qcompile.ir.program import Program
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcompile.backends.onnx_qcdq.backend import OnnxQcdqBackend
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+_PARTS = (".codes", ".scale", ".zero_point", ".sums")
+
+
+def lower(backend: OnnxQcdqBackend, program: Program, directory: Path) -> LoweredFiles:
+    """See `OnnxQcdqBackend.lower`."""
+    require_packages()
+    refuse(backend, obstacles(program))
+
+    import onnx
+    import onnx_ir as ir
+
+    from qcompile.backends.onnx_qcdq.convert import convert
+    from qcompile.backends.onnx_qcdq.genai import write_genai_config
+    from qcompile.backends.onnx_qcdq.names import rename
+    from qcompile.backends.onnx_qcdq.prelower import prelower
+
+    prelowered = prelower(program, backend.style)
+    model = convert(prelowered, backend.opset)
+    tensors = _stored_tensors(model, program)
+    rename(model, prelowered.program, prelowered.original)
+    _describe(model)
+    ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=backend.external_data_threshold)
+    onnx.checker.check_model(str(directory / MODEL))
+    notes = [f"{prelowered.products} products with quantized weights, {prelowered.integer_products} of them on integers"]
+    if write_genai_config(program, directory):
+        notes.append("genai_config.json is for onnxruntime-genai")
+    packages = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
+    return LoweredFiles(MODEL, tensors, tuple(notes), {name: version(name) for name in packages})
+
+
+def _describe(model: ir.Model) -> None:
+    import qcompile
+
+    model.producer_name, model.producer_version = "qcompile", qcompile.__version__
+    model.graph.name = "main"
+    model.graph.metadata_props.clear()
+
+
+def _stored_tensors(model: ir.Model, program: Program) -> tuple[StoredTensor, ...]:
+    """Every weight of the program with the bytes that are written for it, copies in another layout included."""
+    from qcompile.backends.onnx_qcdq.rewriting import base_key
+
+    found: dict[str, list[ir.TensorProtocol]] = {}
+    for key, value in model.graph.initializers.items():
+        base = base_key(key)
+        tensor = value.const_value
+        if tensor is None or base not in program.weights and not base.endswith(_PARTS):
+            continue
+        found.setdefault(_weight_name(base, program), []).append(tensor)
+    stored = []
+    for name, tensors in found.items():
+        largest = max(tensors, key=lambda tensor: tensor.nbytes)
+        key = f"{name}.codes" if f"{name}.codes" in program.weights else name
+        if key not in program.weights:
+            continue
+        shape, _ = program.weights.meta(key)
+        elements = 1
+        for size in shape:
+            elements *= size
+        stored.append(StoredTensor(name, largest.dtype.name.lower(), elements, sum(t.nbytes for t in tensors)))
+    return tuple(stored)
+
+
+def _weight_name(key: str, program: Program) -> str:
+    """The weight that stored codes, scales and zero-points belong to; any other key as it is."""
+    for part in _PARTS:
+        if key.endswith(part) and f"{key.removesuffix(part)}.codes" in program.weights:
+            return key.removesuffix(part)
+    return key

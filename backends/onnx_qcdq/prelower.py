@@ -1,0 +1,82 @@
+"""From a program to one whose quantized parts are ONNX operators (`ops`), still a program that runs.
+
+First the products with quantized weights, then rows gathered from quantized tables, then whatever else quantizes.
+Weights are not read: the ones that change layout are derived when they are written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from qcompile.backends.onnx_qcdq import gathers, ops
+from qcompile.backends.onnx_qcdq.activations import lower_dequantize, lower_quantize
+from qcompile.backends.onnx_qcdq.products import dequantize_linear, lower_product
+from qcompile.backends.onnx_qcdq.qparams import lower_choose_qparams, merge_equal
+from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, match_product, match_weight
+from qcompile.backends.onnx_qcdq.rewriting import Rewriter, base_key
+from qcompile.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Prelowered:
+    """The rewritten program, and what was found in it."""
+
+    program: Program
+    products: int  # with a quantized weight
+    integer_products: int  # of those, the ones whose activation is quantized in a form with integer kernels
+    bits: dict[str, int]  # key of codes and zero-points of a weight that is dequantized as it is → bits of one code
+    original: dict[str, str]  # name of a call here → name of the call it stands for in the program
+
+
+def prelower(program: Program, style: str = "fused") -> Prelowered:
+    """Rewrite a copy of `program`; see the file's first lines. `style` as in `OnnxQcdqBackend`."""
+    rewriter = Rewriter(program)
+    merge_equal(rewriter)
+    bits = _code_bits(rewriter.program)
+    products = [p for node in rewriter.program.nodes if (p := match_product(rewriter.program, node)) is not None]
+    integer = sum([lower_product(rewriter, product, style == "fused") for product in products])
+    rewriter.program.refresh()
+    gathers.lower_gathers(rewriter)
+    _lower_weights(rewriter)
+    for node in rewriter.program.calls(QUANTIZE):
+        lower_quantize(rewriter, node, style == "qcdq")
+    for node in rewriter.program.calls(DEQUANTIZE):
+        lower_dequantize(rewriter, node, _feeds_product(node), style == "qcdq")
+    for node in rewriter.program.calls(CHOOSE):
+        lower_choose_qparams(rewriter, node)
+    rewriter.program.refresh()
+    return Prelowered(rewriter.program, len(products), integer, _sub_byte(rewriter.program, bits), rewriter.original)
+
+
+def _code_bits(program: Program) -> dict[str, int]:
+    """Key of a weight's codes → bits of one code."""
+    weights = [match_weight(program, node) for node in program.calls(DEQUANTIZE)]
+    return {program.key(weight.codes): weight.spec.bits for weight in weights if weight is not None}
+
+
+def _sub_byte(program: Program, bits: dict[str, int]) -> dict[str, int]:
+    """The weights that go straight into a DequantizeLinear, and so may lie packed, by their keys here."""
+    found: dict[str, int] = {}
+    for node in program.calls(ops.DEQUANTIZE_LINEAR):
+        codes, zero = program.arg(node, "codes"), program.arg(node, "zero_point")
+        if program.is_weight(codes):
+            width = bits[base_key(program.key(codes))]
+            found.update({program.key(part): width for part in (codes, zero) if part is not None})
+    return found
+
+
+def _lower_weights(rewriter: Rewriter) -> None:
+    """Dequantize the weights that no product reads in the layout they are stored in."""
+    for node in rewriter.program.calls(DEQUANTIZE):
+        weight = match_weight(rewriter.program, node)
+        if weight is None or weight.float_zero:
+            continue  # a float zero-point is written out like that of an activation
+        value = dequantize_linear(rewriter, node, weight, weight.layout, transposed=False)
+        rewriter.replace(node, rewriter.as_dtype(node, value, node.meta["val"].dtype))
+
+
+def _feeds_product(node: fx.Node) -> bool:
+    """Whether a product that dequantizes its weight reads the node, perhaps through a cast."""
+    return any(user.target is ops.MATMUL for user in node.users)

@@ -1,0 +1,1 @@
+"""Passes that leave the same program with less in it."""

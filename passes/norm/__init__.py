@@ -1,0 +1,1 @@
+"""Normalisation layers: recognise them, fold their affine parts, centre them."""

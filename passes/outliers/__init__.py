@@ -1,0 +1,1 @@
+"""Activation outliers: put them into a model, for studies of the passes that take them out."""

@@ -1,0 +1,33 @@
+"""Round weights to nearest and store the codes. Exact: the program computes the same bits as before.
+
+    c = quantize(W, s, z); linear(x, dequantize(c, s, z))  ⟶  linear(x, dequantize(W.codes, W.scale, W.zero_point))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompile.ir.program import Program
+from qcompile.numerics.qtensor import quantize_tensor
+from qcompile.pass_base import Pass, Report, register
+from qcompile.passes.quantize.sites import store_codes, weight_qdq
+
+
+@register
+@dataclass(frozen=True)
+class RTN(Pass):
+    """Round to nearest every weight that `insert-qdq` marked, one in memory at a time."""
+
+    name: ClassVar[str] = "rtn"
+    rounds_weights: ClassVar[bool] = True
+
+    def run(self, program: Program) -> Report:
+        report = Report()
+        for place in weight_qdq(program):
+            report.rewrote(program.key(place.source), str(place.spec))
+            weight = program.weight(place.source)
+            store_codes(program, place, weight, quantize_tensor(weight, place.spec), report)
+        if not report.rewritten:
+            report.note("no weight is marked for rounding; insert-qdq, before this pass, marks them")
+        return report

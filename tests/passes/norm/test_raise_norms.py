@@ -1,0 +1,379 @@
+"""RaiseNorms: golden IR, near misses, every spelling against a plain formula, and real architectures."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.ir.program import Program
+from qcompile.pass_manager import PassManager, drift, op_counts
+from qcompile.passes.norm.raise_norms import RaiseNorms
+
+LLAMA = """\
+    def main(x: f32[batch, sequence, 8], *, g: f32[8] = "norm.weight"):
+        p: f32[batch, sequence, 8] = aten.pow.Tensor_Scalar(x, 2)  # norm
+        m: f32[batch, sequence, 1] = aten.mean.dim(p, [-1], True)  # norm
+        a: f32[batch, sequence, 1] = aten.add.Tensor(m, 0.01)  # norm
+        r: f32[batch, sequence, 1] = aten.rsqrt.default(a)  # norm
+        s: f32[batch, sequence, 8] = aten.mul.Tensor(x, r)  # norm
+        y: f32[batch, sequence, 8] = aten.mul.Tensor(g, s)  # norm
+        z: f32[batch, sequence, 8] = aten.relu.default(y)
+        return {"z": z}"""
+
+
+def test_llama(golden: Callable[..., Any]) -> None:
+    report = golden(
+        RaiseNorms(),
+        LLAMA,
+        """\
+        def main(x: f32[batch, sequence, 8], *, g: f32[8] = "norm.weight"):
+            rms_norm: f32[batch, sequence, 8] = aten.rms_norm.default(x, [8], g, 0.01)  # norm
+            z: f32[batch, sequence, 8] = aten.relu.default(rms_norm)
+            return {"z": z}""",
+    )
+    assert [(e.where, e.what) for e in report.rewritten] == [("norm (rms_norm)", "rms_norm over 8, eps 0.01")]
+
+
+def test_gemma_in_bfloat16_keeps_one_plus_gain_in_float32(golden: Callable[..., Any]) -> None:
+    report = golden(
+        RaiseNorms(),
+        """\
+        def main(x: bf16[2, 8], *, g: bf16[8] = "norm.weight"):
+            c: f32[2, 8] = aten.to.dtype(x, torch.float32)
+            p: f32[2, 8] = aten.pow.Tensor_Scalar(c, 2)
+            m: f32[2, 1] = aten.mean.dim(p, [-1], True)
+            a: f32[2, 1] = aten.add.Tensor(m, 1e-06)
+            r: f32[2, 1] = aten.rsqrt.default(a)
+            s: f32[2, 8] = aten.mul.Tensor(c, r)
+            w: f32[8] = aten.to.dtype(g, torch.float32)
+            o: f32[8] = aten.add.Tensor(w, 1.0)
+            t: f32[2, 8] = aten.mul.Tensor(s, o)
+            y: bf16[2, 8] = aten.to.dtype(t, torch.bfloat16)
+            return {"y": y}""",
+        """\
+        def main(x: bf16[2, 8], *, norm_weight_plus_one: f32[8] = "norm.weight.plus_one"):
+            to_dtype: f32[2, 8] = aten.to.dtype(x, torch.float32)
+            rms_norm: f32[2, 8] = aten.rms_norm.default(to_dtype, [8], norm_weight_plus_one, 1e-06)
+            to_dtype_1: bf16[2, 8] = aten.to.dtype(rms_norm, torch.bfloat16)
+            return {"y": to_dtype_1}""",
+    )
+    assert "'norm.weight.plus_one' computed once and stored" in report.rewritten[0].what
+
+
+def test_llama_in_bfloat16_rounds_once(golden: Callable[..., Any]) -> None:
+    before = """\
+        def main(x: bf16[2, 8], *, g: bf16[8]):
+            c: f32[2, 8] = aten.to.dtype(x, torch.float32)
+            p: f32[2, 8] = aten.pow.Tensor_Scalar(c, 2)
+            m: f32[2, 1] = aten.mean.dim(p, [-1], True)
+            a: f32[2, 1] = aten.add.Tensor(m, 0.001)
+            r: f32[2, 1] = aten.rsqrt.default(a)
+            s: f32[2, 8] = aten.mul.Tensor(c, r)
+            h: bf16[2, 8] = aten.to.dtype(s, torch.bfloat16)
+            y: bf16[2, 8] = aten.mul.Tensor(g, h)
+            return {"y": y}"""
+    golden(
+        RaiseNorms(),
+        before,
+        """\
+        def main(x: bf16[2, 8], *, g: bf16[8]):
+            rms_norm: bf16[2, 8] = aten.rms_norm.default(x, [8], g, 0.001)
+            return {"y": rms_norm}""",
+    )
+    program = Program.parse(textwrap.dedent(before))
+    PassManager([RaiseNorms()]).run(program)
+    x = torch.randn(2, 8).bfloat16()
+    gain = program.weights["g"]
+    exact = _rms(x.double(), 0.001) * gain.double()
+    assert torch.equal(program(x), exact.bfloat16())  # the exact value, rounded once
+
+
+def test_layer_norm_without_bias(golden: Callable[..., Any]) -> None:
+    report = golden(
+        RaiseNorms(),
+        """\
+        def main(x: f64[2, 8], *, g: f64[8], b: f64[8]):
+            u: f64[2, 1] = aten.mean.dim(x, [-1], True)
+            c: f64[2, 8] = aten.sub.Tensor(x, u)
+            p: f64[2, 8] = aten.pow.Tensor_Scalar(c, 2)
+            m: f64[2, 1] = aten.mean.dim(p, [-1], True)
+            d: f64[2, 8] = aten.sub.Tensor(x, u)
+            a: f64[2, 1] = aten.add.Tensor(m, 1e-05)
+            r: f64[2, 1] = aten.rsqrt.default(a)
+            s: f64[2, 8] = aten.mul.Tensor(d, r)
+            t: f64[2, 8] = aten.mul.Tensor(g, s)
+            y: f64[2, 8] = aten.add.Tensor(t, b)
+            return {"y": y}""",
+        """\
+        def main(x: f64[2, 8], *, g: f64[8], b: f64[8]):
+            layer_norm: f64[2, 8] = aten.layer_norm.default(x, [8], g, b, 1e-05)
+            return {"y": layer_norm}""",
+    )
+    assert report.rewritten[0].what == "layer_norm over 8, eps 1e-05"
+
+
+def test_layer_norm_by_variance(golden: Callable[..., Any]) -> None:
+    golden(
+        RaiseNorms(),
+        """\
+        def main(x: f64[2, 8], *, g: f64[8]):
+            u: f64[2, 1] = aten.mean.dim(x, [1], True)
+            v: f64[2, 1] = aten.var.correction(x, [1], correction=0, keepdim=True)
+            a: f64[2, 1] = aten.add.Tensor(v, 0.1)
+            q: f64[2, 1] = aten.sqrt.default(a)
+            c: f64[2, 8] = aten.sub.Tensor(x, u)
+            s: f64[2, 8] = aten.div.Tensor(c, q)
+            t: f64[2, 8] = aten.mul.Tensor(s, g)
+            return {"y": t}""",
+        """\
+        def main(x: f64[2, 8], *, g: f64[8]):
+            layer_norm: f64[2, 8] = aten.layer_norm.default(x, [8], g, None, 0.1)
+            return {"y": layer_norm}""",
+    )
+
+
+def test_a_bias_after_an_rms_norm_stays_an_addition(golden: Callable[..., Any]) -> None:
+    golden(
+        RaiseNorms(),
+        """\
+        def main(x: f64[2, 8], *, g: f64[8], b: f64[8]):
+            p: f64[2, 8] = aten.square.default(x)
+            m: f64[2, 1] = aten.mean.dim(p, [-1], True)
+            a: f64[2, 1] = aten.add.Tensor(m, 1e-05)
+            r: f64[2, 1] = aten.pow.Tensor_Scalar(a, -0.5)
+            s: f64[2, 8] = aten.mul.Tensor(r, x)
+            t: f64[2, 8] = aten.mul.Tensor(s, g)
+            y: f64[2, 8] = aten.add.Tensor(t, b)
+            return {"y": y}""",
+        """\
+        def main(x: f64[2, 8], *, g: f64[8], b: f64[8]):
+            rms_norm: f64[2, 8] = aten.rms_norm.default(x, [8], g, 1e-05)
+            y: f64[2, 8] = aten.add.Tensor(rms_norm, b)
+            return {"y": y}""",
+    )
+
+
+def test_a_computed_weight_of_an_operator_is_stored(golden: Callable[..., Any]) -> None:
+    golden(
+        RaiseNorms(),
+        """\
+        def main(x: f64[2, 8], *, g: f64[8] = "norm.weight", b: f64[8]):
+            o: f64[8] = aten.add.Tensor(g, 1)
+            y: f64[2, 8] = aten.layer_norm.default(x, [8], o, b, 0.1)
+            o2: f64[8] = aten.add.Tensor(g, 1)
+            z: f64[2, 8] = aten.layer_norm.default(y, [8], o2, b, 0.1)
+            return {"z": z}""",
+        """\
+        def main(x: f64[2, 8], *, b: f64[8], norm_weight_plus_one: f64[8] = "norm.weight.plus_one"):
+            y: f64[2, 8] = aten.layer_norm.default(x, [8], norm_weight_plus_one, b, 0.1)
+            z: f64[2, 8] = aten.layer_norm.default(y, [8], norm_weight_plus_one, b, 0.1)
+            return {"z": z}""",
+    )
+
+
+def test_a_weight_of_a_narrower_type_is_stored_in_the_wider() -> None:
+    """T5 keeps its stream in float32 and its gains in bfloat16."""
+    program = Program.parse(
+        textwrap.dedent("""\
+        def main(x: f32[2, 8], *, g: bf16[8]):
+            p: f32[2, 8] = aten.pow.Tensor_Scalar(x, 2)
+            m: f32[2, 1] = aten.mean.dim(p, [-1], True)
+            a: f32[2, 1] = aten.add.Tensor(m, 0.001)
+            r: f32[2, 1] = aten.rsqrt.default(a)
+            s: f32[2, 8] = aten.mul.Tensor(x, r)
+            h: bf16[2, 8] = aten.to.dtype(s, torch.bfloat16)
+            y: bf16[2, 8] = aten.mul.Tensor(g, h)
+            return {"y": y}""")
+    )
+    x, gain = torch.randn(2, 8), program.weights["g"]
+    PassManager([RaiseNorms()]).run(program)
+    assert "rms_norm: f32[2, 8] = aten.rms_norm.default(x, [8], g_f32, 0.001)" in str(program)
+    assert torch.equal(program(x), (_rms(x, 0.001) * gain.float()).bfloat16())
+
+
+def test_a_router_that_widens_keeps_its_cast() -> None:
+    text = LLAMA.replace("f32", "bf16").replace("z: bf16[batch, sequence, 8] = aten.relu.default(y)",
+                                                "z: f32[batch, sequence, 8] = aten.to.dtype(y, torch.float32)")
+    program = Program.parse(textwrap.dedent(text))
+    PassManager([RaiseNorms()]).run(program)
+    assert "rms_norm: bf16[batch, sequence, 8]" in str(program)
+    assert "z: f32[batch, sequence, 8] = aten.to.dtype(rms_norm, torch.float32)" in str(program)
+
+
+def _change(*pairs: tuple[str, str]) -> str:
+    text = LLAMA
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+NEAR_MISSES = {
+    "another axis": (
+        _change(("aten.mean.dim(p, [-1], True)", "aten.mean.dim(p, [1], True)"), ("m: f32[batch, sequence, 1]", "m: f32[batch, 1, 8]"),
+                ("a: f32[batch, sequence, 1]", "a: f32[batch, 1, 8]"), ("r: f32[batch, sequence, 1]", "r: f32[batch, 1, 8]")),
+        "m runs over axes [1], not over the last",
+    ),
+    "two axes": (
+        _change(("aten.mean.dim(p, [-1], True)", "aten.mean.dim(p, [-2, -1], True)"), ("m: f32[batch, sequence, 1]", "m: f32[batch, 1, 1]"),
+                ("a: f32[batch, sequence, 1]", "a: f32[batch, 1, 1]"), ("r: f32[batch, sequence, 1]", "r: f32[batch, 1, 1]")),
+        "m runs over axes [-2, -1], not over the last",
+    ),
+    "no eps": (
+        _change(("        a: f32[batch, sequence, 1] = aten.add.Tensor(m, 0.01)  # norm\n", ""), ("rsqrt.default(a)", "rsqrt.default(m)")),
+        "nothing, no eps, is added to the mean of squares",
+    ),
+    "statistic read elsewhere": (
+        _change(('return {"z": z}', 'return {"z": z, "r": r}')),
+        "the statistic r is read by s and output",
+    ),
+    "mean read elsewhere": (
+        _change(('return {"z": z}', 'return {"z": z, "m": m}')),
+        "the statistic m is also read by a and output",
+    ),
+    "squares read elsewhere": (
+        _change(('return {"z": z}', 'return {"z": z, "p": p}')),
+        "the statistic p is also read by m and output",
+    ),
+    "another product": (
+        _change(("aten.mul.Tensor(x, r)", "aten.mul.Tensor(n, r)"),
+                ("        s: f32", "        n: f32[batch, sequence, 8] = aten.neg.default(x)\n        s: f32")),
+        "s scales n, the mean is over the squares of x",
+    ),
+    "no product": (
+        _change(("s: f32[batch, sequence, 8] = aten.mul.Tensor(x, r)", "s: f32[batch, sequence, 8] = aten.add.Tensor(x, r)")),
+        "the statistic r is read by s (aten.add.Tensor), which scales no tensor by it",
+    ),
+    "root in the numerator": (
+        _change(("aten.rsqrt.default(a)", "aten.sqrt.default(a)")),
+        "the statistic r is read by s (aten.mul.Tensor), which scales no tensor by it",
+    ),
+    "half a layer norm": (
+        _change(("        s: f32", "        u: f32[batch, sequence, 1] = aten.mean.dim(x, [-1], True)\n"
+                 "        n: f32[batch, sequence, 8] = aten.sub.Tensor(x, u)\n        s: f32"), ("aten.mul.Tensor(x, r)", "aten.mul.Tensor(n, r)")),
+        "s scales n, the mean is over the squares of x",
+    ),
+    "variance of the uncentred": (
+        _change(("        p: f32[batch, sequence, 8] = aten.pow.Tensor_Scalar(x, 2)  # norm\n", ""),
+                ("aten.mean.dim(p, [-1], True)", "aten.var.correction(x, [-1], correction=0, keepdim=True)")),
+        "s scales x, the variance is that of x",
+    ),
+    "axis dropped": (
+        _change(("m: f32[batch, sequence, 1] = aten.mean.dim(p, [-1], True)", "m: f32[batch, sequence] = aten.mean.dim(p, [-1])"),
+                ("a: f32[batch, sequence, 1]", "a: f32[batch, sequence]"),
+                ("        r: f32[batch, sequence, 1] = aten.rsqrt.default(a)  # norm\n",
+                 "        t: f32[batch, sequence] = aten.rsqrt.default(a)\n        r: f32[batch, sequence, 1] = aten.unsqueeze.default(t, -1)\n")),
+        "m does not keep the axis it reduces",
+    ),
+    "symbolic width": (
+        _change(("x: f32[batch, sequence, 8]", "x: f32[batch, sequence, width]"), ("p: f32[batch, sequence, 8]", "p: f32[batch, sequence, width]"),
+                ("s: f32[batch, sequence, 8]", "s: f32[batch, sequence, width]"), ("        y: f32[batch, sequence, 8] = aten.mul.Tensor(g, s)  # norm\n", ""),
+                (', *, g: f32[8] = "norm.weight"', ""), ("z: f32[batch, sequence, 8] = aten.relu.default(y)", "z: f32[batch, sequence, width] = aten.relu.default(s)")),
+        "the last axis of x has no fixed size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_miss(name: str, left_alone: Callable[..., Any]) -> None:
+    text, reason = NEAR_MISSES[name]
+    assert left_alone(RaiseNorms(), text) == [reason]
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    ["aten.mean.dim(x, [-1], True)", "aten.var.correction(x, [-1], correction=1, keepdim=True)", "aten.amax.default(x, [-1], True)"],
+)  # fmt: skip
+def test_a_root_of_anything_else_is_not_spoken_of(statistic: str, left_alone: Callable[..., Any]) -> None:
+    text = _change(("        p: f32[batch, sequence, 8] = aten.pow.Tensor_Scalar(x, 2)  # norm\n", ""), ("aten.mean.dim(p, [-1], True)", statistic))
+    assert left_alone(RaiseNorms(), text) == []
+
+
+def test_a_weight_that_depends_on_the_input_stays_a_product(golden: Callable[..., Any]) -> None:
+    """An adaptive gain, or one that varies along another axis, is no part of the operator."""
+    golden(
+        RaiseNorms(),
+        _change(('x: f32[batch, sequence, 8], *, g: f32[8] = "norm.weight"', "x: f32[batch, sequence, 8], g: f32[8]")),
+        """\
+        def main(x: f32[batch, sequence, 8], g: f32[8]):
+            rms_norm: f32[batch, sequence, 8] = aten.rms_norm.default(x, [8], None, 0.01)  # norm
+            y: f32[batch, sequence, 8] = aten.mul.Tensor(g, rms_norm)  # norm
+            z: f32[batch, sequence, 8] = aten.relu.default(y)
+            return {"z": z}""",
+    )
+
+
+SQUARES = {"pow": "aten.pow.Tensor_Scalar(x, 2)", "mul": "aten.mul.Tensor(x, x)", "square": "aten.square.default(x)"}
+MEANS = {
+    "mean": ["m = aten.mean.dim(p, [{axis}], True)"],
+    "sum/d": ["t = aten.sum.dim_IntList(p, [{axis}], True)", "m = aten.div.Tensor(t, 6)"],
+    "sum·(1/d)": ["t = aten.sum.dim_IntList(p, [{axis}], True)", f"m = aten.mul.Tensor(t, {1 / 6})"],
+}
+EPS = {
+    "scalar": ["a = aten.add.Tensor(m, {eps})"],
+    "left": ["k = aten.full.default([], {eps}, dtype=torch.float64)", "a = aten.add.Tensor(k, m)"],
+    "weight": ["a = aten.add.Tensor(m, e)"],
+}
+PRODUCTS = {
+    "rsqrt": ["r = aten.rsqrt.default(a)", "s = aten.mul.Tensor(x, r)"],
+    "rsqrt first": ["r = aten.rsqrt.default(a)", "s = aten.mul.Tensor(r, x)"],
+    "pow": ["r = aten.pow.Tensor_Scalar(a, -0.5)", "s = aten.mul.Tensor(x, r)"],
+    "sqrt, div": ["r = aten.sqrt.default(a)", "s = aten.div.Tensor(x, r)"],
+    "pow, div": ["r = aten.pow.Tensor_Scalar(a, 0.5)", "s = aten.div.Tensor(x, r)"],
+    "reciprocal": ["q = aten.sqrt.default(a)", "r = aten.reciprocal.default(q)", "s = aten.mul.Tensor(x, r)"],
+}
+GAINS = {
+    "right": (["y = aten.mul.Tensor(s, g)"], lambda g: g),
+    "left": (["y = aten.mul.Tensor(g, s)"], lambda g: g),
+    "plus one": (["o = aten.add.Tensor(g, 1.0)", "y = aten.mul.Tensor(s, o)"], lambda g: g + 1),
+    "exp": (["o = aten.exp.default(g)", "y = aten.mul.Tensor(o, s)"], torch.exp),
+    "none": (["y = aten.neg.default(s)"], lambda g: -torch.ones_like(g)),
+}
+SPELLINGS = list(itertools.product(SQUARES, MEANS, EPS, PRODUCTS, GAINS))
+
+
+@given(st.sampled_from(SPELLINGS), st.sampled_from([1e-12, 1e-6, 0.3]), st.sampled_from([-1, 2]), st.integers(0, 99))
+def test_every_spelling(spelling: tuple[str, ...], eps: float, axis: int, seed: int) -> None:
+    square, mean, added, product, gain = spelling
+    lines = [f"p = {SQUARES[square]}", *MEANS[mean], *EPS[added], *PRODUCTS[product], *GAINS[gain][0]]
+    body = "\n".join(f"    {line}" for line in lines).format(eps=eps, axis=axis)
+    text = f'def main(x: f64[2, 3, 6], *, g: f64[6], e: f64[1]):\n{body}\n    z = aten.mul.Tensor(y, e)\n    return {{"z": z}}'
+    scale = torch.tensor([eps], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    given_gain = torch.randn(6, dtype=torch.float64, generator=generator)
+    program = Program.parse(text, {"g": given_gain, "e": scale})
+    x = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator) * 3
+    expected = _rms(x, eps) * GAINS[gain][1](given_gain) * scale
+    (report,) = PassManager([RaiseNorms()]).run(program)
+    counts = op_counts(program)
+    assert counts["aten.rms_norm.default"] == 1
+    assert len(report.rewritten) == 1
+    assert counts.total() == (3 if gain == "none" else 2)
+    assert drift({"z": program(x)}, {"z": expected}) <= 1e-12
+
+
+def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_finds_every_norm_module(name: str, tiny_decoder: Callable[..., Any]) -> None:
+    module, program = tiny_decoder(name)
+    norms = {n for n, m in module.named_modules() if type(m).__name__.endswith("RMSNorm")}
+    ids = torch.randint(0, 64, (2, 7))
+    before = program.run({"input_ids": ids})
+    (report,) = PassManager([RaiseNorms()]).run(program)
+    raised = program.calls(torch.ops.aten.rms_norm.default)
+    assert {program.module_of(node) for node in raised} == norms
+    assert len(raised) == len(norms) == len(report.rewritten)
+    assert all(program.is_weight(program.arg(node, "weight")) for node in raised)
+    assert report.skipped == []
+    assert drift(program.run({"input_ids": ids}), before) <= 1e-6
+    torch.testing.assert_close(program(ids), module(ids).logits, rtol=1e-4, atol=1e-4)

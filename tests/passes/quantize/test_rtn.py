@@ -1,0 +1,142 @@
+"""Rounding to nearest and storing: the same bits as the program that rounds as it runs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qcompile.ir.program import Program
+from qcompile.numerics.qtensor import sqnr_db
+from qcompile.numerics.spec import QuantSpec
+from qcompile.pass_base import Report
+from qcompile.pass_manager import PassManager
+from qcompile.passes.quantize.insert_qdq import InsertQDQ
+from qcompile.passes.quantize.rtn import RTN
+from qcompile.recipe import Rule
+
+Feeds = Callable[..., dict[str, torch.Tensor]]
+Golden = Callable[[RTN, str, str], Report]
+
+
+def test_golden(golden: Golden) -> None:
+    report = golden(
+        RTN(),
+        """
+        def main(x: f32[n, 8], *, w: f32[4, 8], v: f32[2, 4] = "v.weight"):
+            p = qcompile.choose_qparams.default(w, "int4 sym group=4")  # a
+            s = operator.getitem(p, 0)  # a
+            c = qcompile.quantize.default(w, s, None, "int4 sym group=4")  # a
+            d = qcompile.dequantize.default(c, s, None, "int4 sym group=4")  # a
+            y = aten.linear.default(x, d)  # a
+            p2 = qcompile.choose_qparams.default(v, "uint8 asym channel")  # b
+            s2 = operator.getitem(p2, 0)  # b
+            z2 = operator.getitem(p2, 1)  # b
+            c2 = qcompile.quantize.default(v, s2, z2, "uint8 asym channel")  # b
+            d2 = qcompile.dequantize.default(c2, s2, z2, "uint8 asym channel")  # b
+            z = aten.linear.default(y, d2)  # b
+            return {"z": z}
+        """,
+        """
+        def main(
+            x: f32[n, 8],
+            *,
+            w_codes: i8[4, 8] = "w.codes",
+            w_scale: f32[4, 2] = "w.scale",
+            v_weight_codes: u8[2, 4] = "v.weight.codes",
+            v_weight_scale: f32[2, 1] = "v.weight.scale",
+            v_weight_zero_point: u8[2, 1] = "v.weight.zero_point",
+        ):
+            d: f32[4, 8] = qcompile.dequantize.default(w_codes, w_scale, None, "int4 sym group=4")  # a
+            y: f32[n, 4] = aten.linear.default(x, d)  # a
+            d2: f32[2, 4] = qcompile.dequantize.default(v_weight_codes, v_weight_scale, v_weight_zero_point, "uint8 asym channel")  # b
+            z: f32[n, 2] = aten.linear.default(y, d2)  # b
+            return {"z": z}
+        """,  # noqa: E501  one call, one line
+    )
+    assert {e.where: e.what for e in report.rewritten} == {"w": "int4 sym group=4", "v.weight": "uint8 asym channel"}
+    assert report.measured["w"]["bits_per_weight"] == 4 + 32 / 4
+    assert report.measured["v.weight"]["bits_per_weight"] == 8 + (32 + 8) / 4
+
+
+@pytest.mark.parametrize("spec", ["int4 group=4", "uint3 asym group=8", "int8 channel", "int2 sym tensor scale=f16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_the_same_bits(spec: str, dtype: str, feeds: Feeds) -> None:
+    program = Program.parse(
+        f"""def main(x: {dtype}[n, 16], *, w: {dtype}[8, 16], v: {dtype}[8, 8]):
+    y = aten.linear.default(x, w)
+    t = aten.t.default(v)
+    z = aten.matmul.default(y, t)
+    return {{"z": z}}"""
+    )
+    weight, inputs = program.weights["w"], feeds(program)
+    PassManager([InsertQDQ(weights=spec)]).run(program)
+    simulated = program.run(inputs)["z"]
+    (report,) = PassManager([RTN()]).run(program)
+    assert torch.equal(program.run(inputs)["z"], simulated)
+    expected = QuantSpec.parse(spec).quantize(weight)
+    assert torch.equal(program.weights["w.codes"], expected.codes)
+    assert torch.equal(program.weights["w.scale"], expected.scale)
+    assert report.measured["w"]["sqnr_db"] == sqnr_db(weight, expected.dequantize(weight.dtype))
+    assert "w" not in program.weights
+
+
+def test_a_weight_with_two_specs_is_stored_twice() -> None:
+    program = Program.parse(
+        """def main(x: f32[n, 8], *, w: f32[8, 8]):
+    a = aten.linear.default(x, w)  # first
+    b = aten.linear.default(a, w)  # second
+    return {"b": b}"""
+    )
+    rules = (Rule(match="second", weights="int4 sym channel"),)
+    PassManager([InsertQDQ(weights="int8 sym channel", rules=rules), RTN()]).run(program)
+    assert sorted(program.weights) == ["w.codes", "w.scale", "w_2.codes", "w_2.scale"]
+
+
+def test_nothing_marked_is_said() -> None:
+    program = Program.parse(
+        """def main(x: f32[n, 8], *, w: f32[4, 8]):
+    y = aten.linear.default(x, w)
+    return {"y": y}"""
+    )
+    (report,) = PassManager([RTN()]).run(program)
+    assert report.notes == ["no weight is marked for rounding; insert-qdq, before this pass, marks them"]
+
+
+class Counted:
+    """A weight that knows how many of its kind are alive when it is read."""
+
+    alive = peak = 0
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.dtype = shape, torch.float32
+
+    def read(self) -> torch.Tensor:
+        tensor = torch.randn(self.shape)
+        storage = tensor.untyped_storage()
+        Counted.alive += 1
+        Counted.peak = max(Counted.peak, Counted.alive)
+        weakref.finalize(storage, self._gone)
+        return tensor
+
+    @staticmethod
+    def _gone() -> None:
+        Counted.alive -= 1
+
+
+def test_one_weight_in_memory_at_a_time() -> None:
+    names = [f"w{i}" for i in range(5)]
+    weights = ", ".join(f"{n}: f32[8, 8]" for n in names)
+    steps = "\n".join(f"    y{i} = aten.linear.default({'x' if i == 0 else f'y{i - 1}'}, w{i})" for i in range(5))
+    program = Program.parse(f"def main(x: f32[n, 8], *, {weights}):\n{steps}\n    return {{'y': y4}}")
+    for name in names:
+        program.weights.bind(name, Counted((8, 8)))
+    PassManager([InsertQDQ(weights="int4 sym channel")]).run(program)
+    assert Counted.peak == 0  # nothing is read to decide
+    PassManager([RTN()]).run(program)
+    gc.collect()
+    assert Counted.peak <= 2  # the next is read before the name of the last is bound anew
+    assert Counted.alive == 0
