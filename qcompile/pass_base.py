@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -126,6 +127,13 @@ def register(cls: P) -> P:
 
 def all_passes() -> dict[str, type[Pass]]:
     """Every pass by name: those in the passes room, and outsiders' (entry points of group ``qcompile.passes``)."""
+    _load_passes()
+    return dict(sorted(PASSES.items()))
+
+
+@functools.cache
+def _load_passes() -> None:
+    """Import what registers passes; once, for looking through the installed distributions takes a while."""
     import importlib
     import pkgutil
     from importlib.metadata import entry_points
@@ -136,7 +144,6 @@ def all_passes() -> dict[str, type[Pass]]:
         importlib.import_module(module.name)
     for entry in entry_points(group="qcompile.passes"):
         entry.load()
-    return dict(sorted(PASSES.items()))
 
 
 def parse_pass(text: str) -> Pass:

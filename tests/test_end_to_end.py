@@ -15,6 +15,7 @@ import torch
 import qcompile
 from qcompile import zoo
 from qcompile.artifact import WEIGHT_ONLY_TOLERANCE
+from qcompile.data import load_tokenizer
 from qcompile.manifest import Manifest
 from qcompile.recipe import Recipe
 
@@ -51,11 +52,39 @@ def check(model: Path, preset: str, overrides: list[str], tmp_path: Path) -> Non
         assert manifest.agreement.max_relative_error <= WEIGHT_ONLY_TOLERANCE
     assert manifest.quantized_bits_per_weight is not None
     assert manifest.quantized_bits_per_weight <= (5.1 if "int4" in preset else 8.6)
-    prompt = torch.tensor([[int(compiled.program.info.get("bos_token_id") or 1), 20, 30, 40]])
-    ours = compiled.generate(prompt, 32)
-    assert torch.equal(artifact.generate(prompt, 32), ours)
-    assert ours.shape[1] > 4
+    prompt = text_prompt(compiled)
+    ours, theirs = compiled.generate(prompt, 32), artifact.generate(prompt, 32)
+    assert ours.shape[1] == prompt.shape[1] + 32
+    if Recipe.load(preset).activations is None:
+        assert torch.equal(ours, theirs)
+    else:
+        assert_same_or_tied(compiled, artifact, ours, theirs)
     assert qcompile.verify(tmp_path / "out").manifest == Manifest.read(tmp_path / "out")
+
+
+def text_prompt(compiled: qcompile.CompiledModel) -> torch.Tensor:
+    info = compiled.program.info
+    ids = list(load_tokenizer(info["tokenizer"]).encode("Once upon a time, there was a").ids)
+    return torch.tensor([[int(info["bos_token_id"]), *ids]])
+
+
+def assert_same_or_tied(compiled: Any, artifact: Any, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Greedy tokens are the same, or part where the Program itself is undecided.
+
+    Two runtimes sum in another order; an activation that lies on the edge between two codes may be rounded the other
+    way, which moves the logits by up to a percent. Tokens may part only where the Program's two likeliest are nearer
+    than that.
+    """
+    differs = (ours != theirs)[0].nonzero()
+    if len(differs) == 0:
+        return
+    step = int(differs[0])
+    prefix = ours[:, :step]
+    mine, other = compiled(input_ids=prefix)[0, -1], artifact.run(prefix)[0, -1]
+    moved = float((mine - other).abs().max())
+    margin = float(mine[ours[0, step]] - mine[theirs[0, step]])
+    assert margin <= 2 * moved, f"step {step}: margin {margin}, logits moved by {moved}"
+    assert moved <= 0.05 * float(mine.abs().max())
 
 
 def test_batches_and_lengths_are_dynamic(tmp_path: Path) -> None:

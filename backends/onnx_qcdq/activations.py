@@ -99,7 +99,9 @@ def lower_quantize(rewriter: Rewriter, node: fx.Node, clip_codes: bool) -> None:
 
 
 def _computed_layout(x: fx.Node, scale: fx.Node) -> Layout | None:
-    """Blocks along the last axis, for a scale that is computed: per token [.., 1] or per group [.., groups]."""
+    """The layout of a scale that is computed: per tensor, per token [.., 1] or per group [.., groups]; else None."""
+    if all(size == 1 for size in shape_of(scale)):
+        return Layout(0, 0, ())
     width, scales = shape_of(x)[-1], shape_of(scale)[-1]
     leading = zip(shape_of(x)[:-1], shape_of(scale)[:-1], strict=True)
     if not isinstance(width, int) or not isinstance(scales, int) or any(a is not b and a != b for a, b in leading):
@@ -119,12 +121,11 @@ def _quantize_by(
 ) -> fx.Node:
     """QuantizeLinear by the scale itself."""
     x = rewriter.as_dtype(at, x, torch.float32)
-    if not layout.blocked:
-        if partial_range(spec) and not clip_codes:
-            x = clip_values(rewriter, at, x, scale, zero, spec)
-        scale, zero = linear_parameters(rewriter, at, scale, zero, spec, layout)
-    else:
-        scale = rewriter.as_dtype(at, scale, torch.float32)
+    stored = rewriter.program.is_weight(scale)
+    if stored and partial_range(spec) and not clip_codes:
+        x = clip_values(rewriter, at, x, scale, zero, spec)
+    make = linear_parameters if stored else computed_parameters
+    scale, zero = make(rewriter, at, scale, zero, spec, layout)
     codes = rewriter.call(at, Q, x, scale, zero, layout.axis, layout.block_size, spec.signed)
     if partial_range(spec) and clip_codes:
         codes = rewriter.call(at, aten.clamp.default, codes, spec.qmin, spec.qmax)
@@ -133,13 +134,25 @@ def _quantize_by(
 
 def linear_parameters(
     rewriter: Rewriter, at: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec, layout: Layout
-) -> tuple[fx.Node, fx.Node]:
+) -> tuple[fx.Node, fx.Node | None]:
     """A stored scale (float32) and zero-point for Q and DQ, under names of their own for each reader."""
     zero_node = _own(rewriter, at, zero, layout) if zero is not None else None
     if zero_node is None:
         key = f"{rewriter.program.key(scale)}.zero_point"
         zero_node = rewriter.constant(key, torch.zeros(layout.shape, dtype=spec.storage))
     return rewriter.as_dtype(at, _own(rewriter, at, scale, layout), torch.float32), zero_node
+
+
+def computed_parameters(
+    rewriter: Rewriter, at: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec, layout: Layout
+) -> tuple[fx.Node, fx.Node | None]:
+    """A scale (float32) and zero-point that are computed, for Q and DQ."""
+    scale = rewriter.as_dtype(at, scale, torch.float32)
+    if layout.blocked:
+        return scale, zero
+    flat = [None if p is None else rewriter.call(at, aten.reshape.default, p, []) for p in (scale, zero)]
+    assert flat[0] is not None
+    return flat[0], flat[1]
 
 
 def _own(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, layout: Layout) -> fx.Node:
@@ -198,11 +211,9 @@ def _dequantize_by(
     spec: QuantSpec,
     layout: Layout,
 ) -> fx.Node:
-    if layout.blocked:
-        scale = rewriter.as_dtype(at, scale, torch.float32)
-        return rewriter.call(at, DQ, codes, scale, zero, layout.axis, layout.block_size)
-    own_scale, own_zero = linear_parameters(rewriter, at, scale, zero, spec, layout)
-    return rewriter.call(at, DQ, codes, own_scale, own_zero, layout.axis, 0)
+    make = linear_parameters if rewriter.program.is_weight(scale) else computed_parameters
+    own_scale, own_zero = make(rewriter, at, scale, zero, spec, layout)
+    return rewriter.call(at, DQ, codes, own_scale, own_zero, layout.axis, layout.block_size)
 
 
 def _dequantize_steps(

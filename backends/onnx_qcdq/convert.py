@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,12 @@ def convert(prelowered: Prelowered, opset: int) -> ir.Model:
 
     Raises LoweringError naming the node that has no ONNX form.
     """
-    exported = prelowered.program.to_exported(fake=True)
+    flat = prelowered.program.clone()
+    keys = {node.name: flat.key(node) for node in flat.weight_nodes}
+    for node in flat.weight_nodes:
+        # A dotted key is a path of attributes to the exporter, and "w" beside "w.codes" would be two things at one.
+        node.meta["weight"] = node.name
+    exported = flat.to_exported(fake=True)
     try:
         with _quiet():
             converted = torch.onnx.export(
@@ -48,7 +53,7 @@ def convert(prelowered: Prelowered, opset: int) -> ir.Model:
         raise LoweringError(f"no ONNX form at opset {opset}: {_innermost(error)}") from error
     assert converted is not None
     model = converted.model
-    _bind(model, prelowered, opset)
+    _bind(model, prelowered, keys, opset)
     _simplify(model)
     return model
 
@@ -79,12 +84,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _bind(model: ir.Model, prelowered: Prelowered, opset: int) -> None:
-    """Give every initializer the weight that it stands for, in the type it is stored as."""
+def _bind(model: ir.Model, prelowered: Prelowered, keys: Mapping[str, str], opset: int) -> None:
+    """Give every initializer the weight that it stands for, under its key, in the type it is stored as."""
     program = prelowered.program
-    for key, value in model.graph.initializers.items():
-        if key not in program.weights:
-            continue  # a constant that the conversion made
+    for name, key in keys.items():
+        value = model.graph.initializers.pop(name, None)
+        if value is None:
+            continue  # nothing reads it any more
+        value.name = key
+        model.graph.initializers[key] = value
         shape, dtype = program.weights.meta(key)
         kind = ir.DataType.from_numpy(torch.empty(0, dtype=dtype).numpy().dtype) if dtype is not torch.bfloat16 else None
         stored = kind or ir.DataType.BFLOAT16
@@ -94,24 +102,27 @@ def _bind(model: ir.Model, prelowered: Prelowered, opset: int) -> None:
         value.type = ir.TensorType(stored)
         if base_key(key).endswith(".codes"):
             value.metadata_props[WEIGHT] = base_key(key).removesuffix(".codes")
-            value.metadata_props[LAYOUT] = _layout(program, key)
+            value.metadata_props[LAYOUT] = _layout(key, prelowered.signed[base_key(key)])
 
 
 def _reader(program: Program, key: str) -> Any:
     return lambda: program.weights[key]
 
 
-def _layout(program: Program, key: str) -> str:
+def _layout(key: str, signed: bool) -> str:
     if key.endswith(TRANSPOSED):
         return "transposed"
     if key.endswith(PAIRED):
-        return "pairs"
+        return "pairs signed" if signed else "pairs unsigned"
     return "same"
 
 
 def _keep(node: ir.Node) -> bool | None:
-    """Never fold what quantizes."""
-    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+    """Never fold what quantizes, nor the cast of a weight: a scale is stored in the type it has."""
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        return False
+    source = node.inputs[0] if node.op_type == "Cast" else None
+    return False if source is not None and isinstance(source.const_value, ir.LazyTensor) else None
 
 
 def _simplify(model: ir.Model) -> None:
@@ -121,11 +132,9 @@ def _simplify(model: ir.Model) -> None:
     by scales of their own, which must not become one.
     """
     common.InlinePass()(model)
-    for _ in range(2):
-        onnxscript.optimizer.fold_constants_ir(
-            model, input_size_limit=_FOLD_UP_TO, output_size_limit=_FOLD_UP_TO, should_fold=_keep
-        )
-        onnxscript.rewriter.rewrite(model)
+    _fold(model)
+    onnxscript.rewriter.rewrite(model)
+    _fold(model)
     for step in (
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -136,3 +145,9 @@ def _simplify(model: ir.Model) -> None:
         common.OutputFixPass(),
     ):
         step(model)
+
+
+def _fold(model: ir.Model) -> None:
+    onnxscript.optimizer.fold_constants_ir(
+        model, input_size_limit=_FOLD_UP_TO, output_size_limit=_FOLD_UP_TO, should_fold=_keep
+    )

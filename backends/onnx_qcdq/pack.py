@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 WEIGHT, LAYOUT = "qcompile.weight", "qcompile.layout"
@@ -78,12 +78,10 @@ def lazy(name: str, read: Callable[[], Tensor], dtype: ir.DataType, shape: tuple
 def stored_codes(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """(weight name, codes in the program's layout) of every quantized weight in an artifact, one at a time."""
     model = ir.load(directory / "model.onnx")
-    done = set()
     for value in model.graph.initializers.values():
         name, tensor = value.metadata_props.get(WEIGHT), value.const_value
-        if name is None or tensor is None or name in done:
+        if name is None or tensor is None:
             continue
-        done.add(name)
         yield name, _codes(tensor, value.metadata_props[LAYOUT])
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
@@ -104,5 +102,3 @@ def _codes(tensor: Any, layout: str) -> Tensor:
         return (codes.to(torch.int16) - 8).to(torch.int8) if layout == "pairs signed" else codes
     return codes
 
-
-__all__ = ["LAYOUT", "WEIGHT", "container", "lazy", "pack", "stored_codes", "to_torch_dtype", "unpack"]

@@ -15,8 +15,9 @@ from qcompile.backends.onnx_qcdq.activations import lower_dequantize, lower_quan
 from qcompile.backends.onnx_qcdq.products import dequantize_linear, lower_product
 from qcompile.backends.onnx_qcdq.qparams import lower_choose_qparams, merge_equal
 from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, match_product, match_weight
-from qcompile.backends.onnx_qcdq.rewriting import Rewriter, base_key
+from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten, base_key
 from qcompile.ir.program import Program
+from qcompile.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Prelowered:
     products: int  # with a quantized weight
     integer_products: int  # of those, the ones whose activation is quantized in a form with integer kernels
     bits: dict[str, int]  # key of codes and zero-points of a weight that is dequantized as it is → bits of one code
+    signed: dict[str, bool]  # key of codes in the original program → whether they are
     original: dict[str, str]  # name of a call here → name of the call it stands for in the program
 
 
@@ -34,7 +36,8 @@ def prelower(program: Program, style: str = "fused") -> Prelowered:
     """Rewrite a copy of `program`; see the file's first lines. `style` as in `OnnxQcdqBackend`."""
     rewriter = Rewriter(program)
     merge_equal(rewriter)
-    bits = _code_bits(rewriter.program)
+    specs = _specs(rewriter.program)
+    bits = {key: spec.bits for key, spec in specs.items()}
     products = [p for node in rewriter.program.nodes if (p := match_product(rewriter.program, node)) is not None]
     integer = sum([lower_product(rewriter, product, style == "fused") for product in products])
     rewriter.program.refresh()
@@ -47,13 +50,20 @@ def prelower(program: Program, style: str = "fused") -> Prelowered:
     for node in rewriter.program.calls(CHOOSE):
         lower_choose_qparams(rewriter, node)
     rewriter.program.refresh()
-    return Prelowered(rewriter.program, len(products), integer, _sub_byte(rewriter.program, bits), rewriter.original)
+    return Prelowered(
+        rewriter.program,
+        len(products),
+        integer,
+        _sub_byte(rewriter.program, bits),
+        {key: spec.signed for key, spec in specs.items()},
+        rewriter.original,
+    )
 
 
-def _code_bits(program: Program) -> dict[str, int]:
-    """Key of a weight's codes → bits of one code."""
+def _specs(program: Program) -> dict[str, QuantSpec]:
+    """Key of a weight's codes → what they are."""
     weights = [match_weight(program, node) for node in program.calls(DEQUANTIZE)]
-    return {program.key(weight.codes): weight.spec.bits for weight in weights if weight is not None}
+    return {program.key(weight.codes): weight.spec for weight in weights if weight is not None}
 
 
 def _sub_byte(program: Program, bits: dict[str, int]) -> dict[str, int]:
@@ -79,4 +89,5 @@ def _lower_weights(rewriter: Rewriter) -> None:
 
 def _feeds_product(node: fx.Node) -> bool:
     """Whether a product that dequantizes its weight reads the node, perhaps through a cast."""
-    return any(user.target is ops.MATMUL for user in node.users)
+    readers = [r for user in node.users for r in (user.users if user.target is aten.to.dtype else [user])]
+    return any(reader.target is ops.MATMUL for reader in readers)

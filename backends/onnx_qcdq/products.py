@@ -107,11 +107,24 @@ def stored(rewriter: Rewriter, node: fx.Node, layout: Layout | None, transposed:
 
 def _float_form(rewriter: Rewriter, product: Product) -> fx.Node:
     node = product.node
-    x = rewriter.as_dtype(node, product.x, torch.float32)
+    x = _lift(rewriter, product, rewriter.as_dtype(node, product.x, torch.float32))
     value = rewriter.call(node, ops.MATMUL, x, weight_values(rewriter, node, product))
     if product.weight.float_zero:
         value = rewriter.call(node, aten.sub.Tensor, value, _zero_product(rewriter, product, x))
-    return value
+    return _unlift(rewriter, product, value)
+
+
+def _lift(rewriter: Rewriter, product: Product, x: fx.Node) -> fx.Node:
+    """A matrix with an axis in front, where a bias follows: matrix times matrix plus bias would become a Gemm, which
+    onnxruntime does not fuse with dequantization."""
+    matrix = product.bias is not None and len(shape_of(product.x)) == 2
+    return rewriter.call(product.node, aten.unsqueeze.default, x, 0) if matrix else x
+
+
+def _unlift(rewriter: Rewriter, product: Product, value: fx.Node) -> fx.Node:
+    """Without the axis that `_lift` added."""
+    matrix = product.bias is not None and len(shape_of(product.x)) == 2
+    return rewriter.call(product.node, aten.squeeze.dim, value, 0) if matrix else value
 
 
 def _zero_product(rewriter: Rewriter, product: Product, x: fx.Node) -> fx.Node:
@@ -148,17 +161,13 @@ def _integer_form(rewriter: Rewriter, product: Product, activation: QuantizedAct
 
 def _static_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node:
     node, spec, per_tensor = product.node, activation.spec, Layout(0, 0, ())
-    x = rewriter.as_dtype(node, activation.x, torch.float32)
-    # A matrix times a matrix plus a bias would become Gemm, which is not fused: an axis in front keeps it a MatMul.
-    matrix = product.bias is not None and len(shape_of(x)) == 2
-    if matrix:
-        x = rewriter.call(node, aten.unsqueeze.default, x, 0)
+    x = _lift(rewriter, product, rewriter.as_dtype(node, activation.x, torch.float32))
     if partial_range(spec):
         x = clip_values(rewriter, node, x, activation.scale, activation.zero, spec)
     scale, zero = linear_parameters(rewriter, node, activation.scale, activation.zero, spec, per_tensor)
     values = rewriter.call(node, DQ, rewriter.call(node, Q, x, scale, zero, 0, 0, spec.signed), scale, zero, 0, 0)
     value = rewriter.call(node, ops.MATMUL, values, weight_values(rewriter, node, product))
-    return rewriter.call(node, aten.squeeze.dim, value, 0) if matrix else value
+    return _unlift(rewriter, product, value)
 
 
 def _token_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node:

@@ -83,7 +83,7 @@ class Rewriter:
         taken, number = key, 1
         while taken in self.program.weights:
             number += 1
-            taken = f"{key}.{number}"
+            taken = f"{key}_{number}"
         return taken
 
 

@@ -26,15 +26,16 @@ class DeadCode(Pass):
         """Remove them, and name each in the report."""
         report = Report()
         calls = {node: place(node) for node in program.nodes}
-        weights = {node: program.key(node) for node in program.weight_nodes}
+        weights = list(program.weights)
         program.refresh()
-        kept = set(program.graph.nodes)
+        kept, read = set(program.graph.nodes), {program.key(node) for node in program.weight_nodes}
         for node, name in calls.items():
             if node not in kept:
                 report.rewrote(name, "nothing reads it")
-        for node, key in weights.items():
-            if node not in kept:
+        for key in weights:
+            if key not in read:
                 report.rewrote(key, "no call reads this weight")
+                program.weights.pop(key, None)  # one that never had a placeholder is still there
         for node in program.inputs:
             if not node.users:
                 report.skip(node, "nothing reads this input, but it is part of the program's signature")

@@ -211,6 +211,8 @@ def _cache_shapes(model: PreTrainedModel) -> list[tuple[Shape, Shape] | None]:
     except Exception as error:  # whatever the model's code raises
         raise CaptureError(f"it does not run with a cache ({type(error).__name__}: {one_line(error)})") from error
     cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None:
+        raise CaptureError("it keeps no keys and values")
     if not isinstance(cache, DynamicCache):
         raise CaptureError(f"its state is a {type(cache).__name__}, not keys and values")
     shapes: list[tuple[Shape, Shape] | None] = []

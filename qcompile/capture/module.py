@@ -60,6 +60,9 @@ def capture_module(module: nn.Module, example: Example, dtype: torch.dtype | str
 def capture_exported(exported: ExportedProgram, source: str) -> Program:
     """Take an exported program; its tensors are shared, not copied."""
     program = from_exported(exported)
+    past = [node.name for node in program.inputs if node.name.startswith("past_key_values_")]
+    if past and len(program.output_names) == 1 + len(past):  # a decoder that was captured here: torch keeps no names
+        program.output_names = ("logits", *(name.replace("past_key_values_", "present_") for name in past))
     program.info = {"model_type": None, "architecture": source, "source": source, "tokenizer": None, "notes": []}
     return program
 

@@ -108,7 +108,7 @@ def _check_size(path: Path, text: str) -> None:
 
 
 def _is_plain(node: ast.AST) -> bool:
-    """Numbers, names, operators, ``Symbol('s0', integer=True)``, and calls of sympy's classes, which are capitalised."""
+    """Numbers, names, operators, ``Symbol('s0', integer=True)``, calls of sympy's classes (they are capitalised)."""
     if isinstance(node, ast.Constant):
         return isinstance(node.value, (int, float))
     if isinstance(node, ast.Call):

@@ -33,7 +33,7 @@ def parse_program(text: str, weights: Mapping[str, Tensor] | None = None, seed: 
         raise VerifyError(f"IR text, line {error.lineno}: {error.msg}") from error
     if len(module.body) != 1 or not isinstance(function := module.body[0], ast.FunctionDef):
         raise VerifyError("IR text must be one function: def main(inputs, *, weights): …")
-    reader = _Reader(text.splitlines(), weights, seed)
+    reader = _Reader(text.split("\n"), weights, seed)
     reader.signature(function)
     for statement in function.body:
         try:

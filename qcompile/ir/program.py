@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -198,7 +199,7 @@ class Program:
             return argument.meta["val"]
 
         args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():  # the dispatcher knows symbolic sizes
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def fake(self, shape: Iterable[Any], dtype: torch.dtype) -> Tensor:

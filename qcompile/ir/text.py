@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,7 @@ def literal(value: Any) -> str:
     if isinstance(value, slice):
         return f"slice({literal(value.start)}, {literal(value.stop)}, {literal(value.step)})"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)  # a JSON string is a Python one
     if value is None or isinstance(value, (bool, int, float, torch.dtype, torch.layout, torch.memory_format)):
         return str(value)
     raise VerifyError(f"argument {value!r} of type {type(value).__name__} has no spelling in the IR")

@@ -18,6 +18,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.text import target_name
 from qcompile.ir.types import dim_expr
 
+
 @dataclass(frozen=True)
 class Rule:
     """One invariant of the IR."""

@@ -3,6 +3,20 @@
 Usage::
 
     python -m qcompile.zoo.train --text tinyshakespeare.txt --model llama --out qcompile/zoo/models/llama
+
+The text of the embedded models is "tiny Shakespeare", 1.1 million characters of plays. On its last tenth, which they
+have not seen, the saved float16 files reach (computed in float32, each window of 256 tokens on its own):
+
+======  ==========  ==============  ===============
+name    parameters  nats per token  nats per char
+======  ==========  ==============  ===============
+llama   1312384     2.7949          1.4905
+opt     1090176     3.2005          1.7068
+moe     1460608     2.9368          1.5662
+======  ==========  ==============  ===============
+
+The best checkpoint was the last one each time. The recipe was tried out on the same tenth, so these numbers are a little
+optimistic; for comparing a model with its own quantized form that does not matter.
 """
 
 from __future__ import annotations
@@ -49,8 +63,8 @@ def add_dropout(model: nn.Module, rate: float) -> list[torch.utils.hooks.Removab
 def start_positions(model: nn.Module) -> None:
     """Start learned positions as sines and cosines, ``[positions, hidden]``, of the size of the token embeddings.
 
-    From random ones, attending to "the token before" has to be learned for each position anew, which takes longer than
-    the rest of the training.
+    From random ones, attending to "the token before" has to be learned for each position anew; from these, one turn of
+    the plane does for all of them.
     """
     for name, module in model.named_modules():
         if name.endswith("embed_positions") and isinstance(module, nn.Embedding):

@@ -17,7 +17,7 @@ _LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 40,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -29,7 +29,7 @@ _LLAMA: dict[str, Any] = {
 _MOE = {"num_experts_per_tok": 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": False},
+    "llama": {**_LLAMA, "model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": False},
     "qwen3": {**_LLAMA, "model_type": "qwen3", "tie_word_embeddings": True},
     "opt": {
         "model_type": "opt",
@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
         "ffn_dim": 40,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gpt2",
         "vocab_size": VOCABULARY,
         "n_embd": 32,
-        "n_layer": 2,
+        "n_layer": 1,
         "n_head": 4,
         "n_positions": 64,
         "bos_token_id": 1,
@@ -55,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         **_LLAMA,
         "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 8,

@@ -61,7 +61,7 @@ def test_a_tie_that_the_checkpoint_breaks_is_not_made(captured: Callable[[str], 
 
 
 def test_tensors_that_nothing_reads_are_noted(tmp_path: Path) -> None:
-    save("llama", tmp_path)
+    save("llama", tmp_path, num_hidden_layers=1)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "extra.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     assert capture(tmp_path).info["notes"] == ["the checkpoint's tensor 'extra.weight' is no part of LlamaForCausalLM"]
@@ -72,7 +72,7 @@ def test_what_is_not_lazy_is_loaded_into_memory(tmp_path: Path, monkeypatch: pyt
         raise NotLazy("a conversion needs values")
 
     monkeypatch.setattr("qcompile.capture.pretrained.resolve", refuse)
-    model, ids = build("llama"), tokens()
+    model, ids = build("llama", num_hidden_layers=1), tokens()
     model.save_pretrained(tmp_path)
     program = capture(tmp_path)
     assert program.info["notes"] == ["all weights were loaded into memory: a conversion needs values"]

@@ -1,8 +1,9 @@
-"""Captured decoders compute what transformers computes: whole, padded, in chunks, token by token, with a reused cache."""
+"""Captured decoders compute what transformers computes: whole, padded, in chunks, token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from capture_models import CONFIGS, LENGTH, error, reference, tokens
 from torch import Tensor
 
+from qcompile.capture import capture
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill
 
@@ -20,7 +22,7 @@ FAMILIES = sorted(CONFIGS)
 def in_steps(program: Program, ids: Tensor, mask: Tensor, cuts: list[int]) -> Iterator[Tensor]:
     """Logits of each piece of `ids`, the cache passed on from one to the next."""
     past: dict[str, Tensor] = {}
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         feeds = fill(program, {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], **past})
         outputs = program.run(feeds)
         past = {
@@ -80,9 +82,14 @@ def test_text_clone_and_export_keep_the_program(captured: Callable[[str], Any], 
 def test_to_exported_runs_at_other_sizes(captured: Callable[[str], Any], family: str) -> None:
     program, ids = captured(family).program, tokens(3, 7)
     feeds = fill(program, {"input_ids": ids})
-    past = [(feeds[f"past_key_values_{i}_key"], feeds[f"past_key_values_{i}_value"]) for i in range(2)]
-    logits, _ = program.to_exported().module()(ids, feeds["attention_mask"], feeds["position_ids"], past)
+    layers = range((len(program.inputs) - 3) // 2)
+    past = [(feeds[f"past_key_values_{i}_key"], feeds[f"past_key_values_{i}_value"]) for i in layers]
+    exported = program.to_exported()
+    logits, _ = exported.module()(ids, feeds["attention_mask"], feeds["position_ids"], past)
     assert error(logits, program(ids)) <= 1e-6
+    again = capture(exported)
+    assert again.output_names == program.output_names
+    assert torch.equal(again(ids), program(ids))
 
 
 def test_inputs_outputs_and_modules_have_their_names(captured: Callable[[str], Any]) -> None:
@@ -112,8 +119,6 @@ def test_info_says_what_was_captured(captured: Callable[[str], Any]) -> None:
 
 
 def test_models_in_memory_share_their_tensors_and_are_left_as_they_were(captured: Callable[[str], Any]) -> None:
-    from qcompile.capture import capture
-
     case, ids = captured("qwen3_moe"), tokens()
     before = case.model.get_experts_implementation()
     case.model.train()

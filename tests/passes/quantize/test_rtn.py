@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,3 +141,15 @@ def test_one_weight_in_memory_at_a_time() -> None:
     gc.collect()
     assert Counted.peak <= 2  # the next is read before the name of the last is bound anew
     assert Counted.alive == 0
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("mixtral", {"num_local_experts": 4}), ("gpt2", {}), ("opt", {})])
+def test_the_same_bits_on_decoders(kind: str, changes: dict[str, int], tiny_decoder: Callable[..., Any]) -> None:
+    _, program = tiny_decoder(kind, **changes)
+    ids = torch.arange(14).view(2, 7)
+    PassManager([InsertQDQ(weights="int4 asym group=16", activations="int8 sym token dynamic")]).run(program)
+    simulated = program(ids)
+    (report,) = PassManager([RTN()]).run(program)
+    assert torch.equal(program(ids), simulated)
+    assert all(figures["sqnr_db"] > 15 for figures in report.measured.values())
+    assert len(report.measured) == len(report.rewritten) > 3
