@@ -24,7 +24,8 @@ def main() -> None:
     medians = {name: statistics.median(times[2:]) for name, times in walls.items()}
     base = next(iter(medians.values()))
     rows: list[dict[str, object]] = [
-        {"command": f"`{name}`", "median ms": f"{1000 * m:.0f}", "ratio": f"{m / base:.2f}"} for name, m in medians.items()
+        {"command": f"`{name}`", "median ms": f"{1000 * m:.0f}", "ratio": f"{m / base:.2f}"}
+        for name, m in medians.items()
     ]
     publish("cli_startup", "Start-up of the command line", rows, "Target: `--help` within 2 of the import.")
 

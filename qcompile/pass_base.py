@@ -164,7 +164,9 @@ def parse_pass(text: str) -> Pass:
         option, equals, value = part.partition("=")
         if not equals:
             raise RecipeError(f"pass {name!r}: {part!r} is not written like option=value")
-        options[option.strip()] = _from_flow(value)
+        if (option := option.strip()) in options:
+            raise RecipeError(f"pass {name!r}: option {option!r} is given twice")
+        options[option] = _from_flow(value)
     return make_pass(known[name], options)
 
 
@@ -205,9 +207,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def split_top(text: str) -> list[str]:
     """Split at the commas that stand in no bracket and no quotes."""
-    parts, depth, quote, start = [], 0, "", 0
+    parts, depth, quote, start, escaped = [], 0, "", 0, False
     for index, char in enumerate(text):
-        if quote:
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = char == "\\" and quote == '"'
             quote = "" if char == quote else quote
         elif char in "\"'":
             quote = char
@@ -222,13 +227,29 @@ def split_top(text: str) -> list[str]:
 
 
 def _flow(value: Any) -> str:
-    """A value as one line of YAML."""
+    """A value as one line of YAML, as it is written inside a list."""
     import yaml
 
-    plain = _plain(value)
-    # Inside a list, so that text with a comma or a bracket in it comes out quoted.
-    text = str(yaml.safe_dump([plain], default_flow_style=True, width=10**9, sort_keys=False))
-    return text.strip()[1:-1]
+    text = yaml.dump([_plain(value)], Dumper=_flow_dumper(), default_flow_style=True, width=10**9, sort_keys=False)
+    return str(text).strip()[1:-1]
+
+
+@functools.cache
+def _flow_dumper() -> Any:
+    """Writes text that is not one plain word in double quotes: a comma, bracket, apostrophe or line break in it then
+    means nothing to `split_top`."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        plain = re.fullmatch(r"[\w.*/+-]+", value, re.ASCII)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+
+    Dumper.add_representer(str, text)
+    return Dumper
 
 
 def _plain(value: Any) -> Any:

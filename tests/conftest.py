@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 import qcompile.ops  # noqa: F401  registers quantize and dequantize before any text names them
 from qcompile.ir.program import Program
@@ -18,7 +18,8 @@ from qcompile.ir.types import dim_expr
 from qcompile.pass_base import Pass, Report
 from qcompile.pass_manager import PassManager, drift
 
-settings.register_profile("house", deadline=None, derandomize=True, max_examples=30)
+_PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # explaining a failure takes minutes
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=30, phases=_PHASES)
 settings.load_profile("house")
 torch.set_num_threads(1)
 

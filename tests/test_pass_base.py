@@ -59,7 +59,7 @@ class Everything(Pass):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    before = dict(PASSES)
+    before = all_passes()
     register(Everything)
     yield
     PASSES.clear()
@@ -103,7 +103,7 @@ ERRORS = {
     "test-everythin": "pass 'test-everythin' does not exist; did you mean 'test-everything'?",
     "raise-norm": "did you mean 'raise-norms'?",
     "zzzzzz": r"pass 'zzzzzz' does not exist; `qcompile passes` lists them",
-    "test-everything(cuont=3)": "has no option 'cuont'; did you mean 'count'?; it has count, ratio",
+    "test-everything(cuont=3)": "has no option 'cuont'; did you mean 'count'\\?; it has count, ratio",
     "dead-code(x=3)": "has no option 'x'; it has none",
     "test-everything(count=many)": r"option count: Input should be a valid integer.*\(given 'many'\)",
     "test-everything(mode=slow)": "option mode: Input should be 'fast' or 'exact'",

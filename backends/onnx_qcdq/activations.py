@@ -12,165 +12,87 @@ Codes of fewer than 8 bits lie in int8 or uint8: the values are clipped in float
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx
 
 from qcompile.backends.onnx_qcdq import ops
-from qcompile.backends.onnx_qcdq.layout import Layout
+from qcompile.backends.onnx_qcdq.layout import PER_TENSOR, Layout
 from qcompile.backends.onnx_qcdq.recognise import parse_spec, shape_of
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
+from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
 
 Q, DQ = ops.QUANTIZE_LINEAR, ops.DEQUANTIZE_LINEAR
 
 
-def static_layout(rewriter: Rewriter, x: fx.Node, scale: fx.Node) -> Layout | None:
-    """The layout of a stored scale that is per tensor or per channel of `x`; None for any other scale."""
-    if not rewriter.program.is_weight(scale):
-        return None
-    sizes = shape_of(scale)
-    full = [axis for axis, size in enumerate(sizes) if size > 1]
-    if not full:
-        return Layout(0, 0, ())
-    if len(full) == 1 and shape_of(x)[full[0]] == sizes[full[0]]:
-        return Layout(full[0], 0, (int(sizes[full[0]]),))
-    return None
+@dataclass(frozen=True, eq=True)
+class Parameters:
+    """What an activation is quantized by; scale and zero-point are stored or computed."""
+
+    scale: fx.Node
+    zero: fx.Node | None
+    spec: QuantSpec
+
+    @classmethod
+    def of(cls, program: Program, node: fx.Node) -> Parameters:
+        """Those of a quantize or dequantize call."""
+        scale, zero, text = (program.arg(node, name) for name in ("scale", "zero_point", "spec"))
+        return cls(scale, zero, parse_spec(text))
+
+    @property
+    def partial_range(self) -> bool:
+        """Whether the container holds codes that the spec does not use, so that something must clip."""
+        limits = torch.iinfo(self.spec.storage)
+        return (self.spec.qmin, self.spec.qmax) != (limits.min, limits.max)
 
 
-def partial_range(spec: QuantSpec) -> bool:
-    """Whether the container holds codes that `spec` does not use, so that something must clip."""
-    limits = torch.iinfo(spec.storage)
-    return (spec.qmin, spec.qmax) != (limits.min, limits.max)
+# ---------------------------------------------------------------- quantize
 
 
-def one(rewriter: Rewriter, name: str, spec: QuantSpec) -> tuple[fx.Node, fx.Node]:
-    """A scale of one and a zero-point of zero, of their own names: onnxruntime merges calls that share them."""
-    scale = rewriter.constant(f"{name}.unit_scale", torch.tensor(1.0))
-    return scale, rewriter.constant(f"{name}.unit_zero", torch.tensor(0, dtype=spec.storage))
-
-
-def steps(
-    rewriter: Rewriter, at: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec
-) -> fx.Node:
-    """``x / scale`` (rounded, plus zero) clipped to the codes in use, float32, not yet codes; grouped as `split` does."""
-    x = rewriter.as_dtype(at, x, torch.float32)
-    x, group = split(rewriter, at, x, scale)
-    value = rewriter.call(at, aten.div.Tensor, x, spread(rewriter, at, scale, group))
-    if zero is not None:
-        if spec.zero == "int":
-            value = rewriter.call(at, aten.round.default, value)
-        value = rewriter.call(at, aten.add.Tensor, value, spread(rewriter, at, zero, group))
-    if partial_range(spec):
-        value = rewriter.call(at, aten.clamp.default, value, float(spec.qmin), float(spec.qmax))
-    return value
-
-
-def split(rewriter: Rewriter, at: fx.Node, x: fx.Node, scale: fx.Node) -> tuple[fx.Node, bool]:
-    """`x` with its last axis as [groups, size], where a scale holds for a group along it."""
-    width, scales = shape_of(x)[-1], shape_of(scale)[-1]
-    if not isinstance(width, int) or not isinstance(scales, int) or scales in (1, width):
-        return x, False
-    return rewriter.call(at, aten.unflatten.int, x, -1, [scales, width // scales]), True
-
-
-def spread(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, group: bool) -> fx.Node:
-    """A scale or zero-point as float32 that broadcasts against `split`'s result."""
-    parameter = rewriter.as_dtype(at, parameter, torch.float32)
-    return rewriter.call(at, aten.unsqueeze.default, parameter, -1) if group else parameter
-
-
-def lower_quantize(rewriter: Rewriter, node: fx.Node, clip_codes: bool) -> None:
-    """Replace a quantize call; `clip_codes` clips codes after Q (the qcdq style) instead of values before."""
+def lower_quantize(rewriter: Rewriter, node: fx.Node, qcdq: bool) -> None:
+    """Replace a quantize call; `qcdq` gives QuantizeLinear the scale wherever it can, and clips codes instead of values."""
     program = rewriter.program
-    x, scale, zero = (program.arg(node, name) for name in ("x", "scale", "zero_point"))
-    spec = parse_spec(program.arg(node, "spec"))
-    layout = static_layout(rewriter, x, scale)
-    if layout is None and clip_codes:
-        layout = _computed_layout(x, scale)
-    if layout is not None and spec.zero != "float":
-        codes = _quantize_by(rewriter, node, x, scale, zero, spec, layout, clip_codes)
-    else:
-        value = steps(rewriter, node, x, scale, zero, spec)
-        unit = one(rewriter, program.module_of(node) or node.name, spec)
-        codes = rewriter.call(node, Q, value, *unit, -1, 0, spec.signed)
+    x, by = program.arg(node, "x"), Parameters.of(program, node)
+    layout = _layout(program, x, by, qcdq)
+    x = rewriter.as_dtype(node, x, torch.float32)
+    if layout is None:
+        value = steps(rewriter, node, x, by)
+        codes = rewriter.call(node, Q, value, *unit(rewriter, node, by.spec), -1, 0, by.spec.signed)
         if len(shape_of(codes)) > len(shape_of(x)):
             codes = rewriter.call(node, aten.flatten.using_ints, codes, -2, -1)
+    else:
+        if by.partial_range and not qcdq:
+            x = clip_values(rewriter, node, x, by)
+        parameters = linear_parameters(rewriter, node, by, layout)
+        codes = rewriter.call(node, Q, x, *parameters, layout.axis, layout.block_size, by.spec.signed)
+        if by.partial_range and qcdq:
+            codes = rewriter.call(node, aten.clamp.default, codes, by.spec.qmin, by.spec.qmax)
     rewriter.replace(node, codes)
 
 
-def _computed_layout(x: fx.Node, scale: fx.Node) -> Layout | None:
-    """The layout of a scale that is computed: per tensor, per token [.., 1] or per group [.., groups]; else None."""
-    if all(size == 1 for size in shape_of(scale)):
-        return Layout(0, 0, ())
-    width, scales = shape_of(x)[-1], shape_of(scale)[-1]
-    leading = zip(shape_of(x)[:-1], shape_of(scale)[:-1], strict=True)
-    if not isinstance(width, int) or not isinstance(scales, int) or any(a is not b and a != b for a, b in leading):
-        return None
-    return Layout(len(shape_of(x)) - 1, width // scales, (1,))
+def steps(rewriter: Rewriter, at: fx.Node, x: fx.Node, by: Parameters) -> fx.Node:
+    """``x / scale`` (rounded, plus zero), clipped to the codes in use: float32, not yet codes, grouped as by `split`."""
+    x, group = split(rewriter, at, x, by.scale)
+    value = rewriter.call(at, aten.div.Tensor, x, spread(rewriter, at, by.scale, group))
+    if by.zero is not None:
+        if by.spec.zero == "int":
+            value = rewriter.call(at, aten.round.default, value)
+        value = rewriter.call(at, aten.add.Tensor, value, spread(rewriter, at, by.zero, group))
+    if by.partial_range:
+        value = rewriter.call(at, aten.clamp.default, value, float(by.spec.qmin), float(by.spec.qmax))
+    return value
 
 
-def _quantize_by(
-    rewriter: Rewriter,
-    at: fx.Node,
-    x: fx.Node,
-    scale: fx.Node,
-    zero: fx.Node | None,
-    spec: QuantSpec,
-    layout: Layout,
-    clip_codes: bool,
-) -> fx.Node:
-    """QuantizeLinear by the scale itself."""
-    x = rewriter.as_dtype(at, x, torch.float32)
-    stored = rewriter.program.is_weight(scale)
-    if stored and partial_range(spec) and not clip_codes:
-        x = clip_values(rewriter, at, x, scale, zero, spec)
-    make = linear_parameters if stored else computed_parameters
-    scale, zero = make(rewriter, at, scale, zero, spec, layout)
-    codes = rewriter.call(at, Q, x, scale, zero, layout.axis, layout.block_size, spec.signed)
-    if partial_range(spec) and clip_codes:
-        codes = rewriter.call(at, aten.clamp.default, codes, spec.qmin, spec.qmax)
-    return codes
-
-
-def linear_parameters(
-    rewriter: Rewriter, at: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec, layout: Layout
-) -> tuple[fx.Node, fx.Node | None]:
-    """A stored scale (float32) and zero-point for Q and DQ, under names of their own for each reader."""
-    zero_node = _own(rewriter, at, zero, layout) if zero is not None else None
-    if zero_node is None:
-        key = f"{rewriter.program.key(scale)}.zero_point"
-        zero_node = rewriter.constant(key, torch.zeros(layout.shape, dtype=spec.storage))
-    return rewriter.as_dtype(at, _own(rewriter, at, scale, layout), torch.float32), zero_node
-
-
-def computed_parameters(
-    rewriter: Rewriter, at: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec, layout: Layout
-) -> tuple[fx.Node, fx.Node | None]:
-    """A scale (float32) and zero-point that are computed, for Q and DQ."""
-    scale = rewriter.as_dtype(at, scale, torch.float32)
-    if layout.blocked:
-        return scale, zero
-    flat = [None if p is None else rewriter.call(at, aten.reshape.default, p, []) for p in (scale, zero)]
-    assert flat[0] is not None
-    return flat[0], flat[1]
-
-
-def _own(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, layout: Layout) -> fx.Node:
-    key = rewriter.program.key(parameter)
-    _, dtype = rewriter.source.meta(key)
-    return rewriter.derive(f"{key}@{at.name}", (key,), layout.apply, layout.shape, dtype)
-
-
-def clip_values(
-    rewriter: Rewriter, at: fx.Node, x: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec
-) -> fx.Node:
+def clip_values(rewriter: Rewriter, at: fx.Node, x: fx.Node, by: Parameters) -> fx.Node:
     """`x` (float32) limited to what the codes in use stand for, by a stored scale."""
-    keys = tuple(rewriter.program.key(p) for p in (scale, zero) if p is not None)
-    shape = shape_of(scale) if any(size > 1 for size in shape_of(scale)) else ()
+    keys = tuple(rewriter.program.key(p) for p in (by.scale, by.zero) if p is not None)
+    shape = shape_of(by.scale) if any(size > 1 for size in shape_of(by.scale)) else ()
 
     def limits(scale: Tensor, zero: Tensor | None) -> list[Tensor]:
         offset = 0.0 if zero is None else zero.to(torch.float32)
-        return [((code - offset) * scale.to(torch.float32)).reshape(shape) for code in (spec.qmin, spec.qmax)]
+        return [((code - offset) * scale.to(torch.float32)).reshape(shape) for code in (by.spec.qmin, by.spec.qmax)]
 
     def lowest(scale: Tensor, zero: Tensor | None = None) -> Tensor:
         return torch.minimum(*limits(scale, zero))  # a negative scale turns the limits round
@@ -183,6 +105,9 @@ def clip_values(
     return rewriter.call(at, ops.CLIP, x, low, high)
 
 
+# ---------------------------------------------------------------- dequantize
+
+
 def lower_dequantize(rewriter: Rewriter, node: fx.Node, product_reader: bool, qcdq: bool) -> None:
     """Replace a dequantize call of computed codes.
 
@@ -190,40 +115,88 @@ def lower_dequantize(rewriter: Rewriter, node: fx.Node, product_reader: bool, qc
     DequantizeLinear by one, for onnxruntime leaves that product's weight packed only if no DequantizeLinear feeds it.
     """
     program = rewriter.program
-    codes, scale, zero = (program.arg(node, name) for name in ("codes", "scale", "zero_point"))
-    spec, dtype = parse_spec(program.arg(node, "spec")), node.meta["val"].dtype
-    layout = static_layout(rewriter, codes, scale)
-    if layout is None and qcdq:
-        layout = _computed_layout(codes, scale)
-    if layout is not None and spec.zero != "float" and (qcdq or not (product_reader and layout.per_tensor)):
-        value = _dequantize_by(rewriter, node, codes, scale, zero, spec, layout)
+    codes, by = program.arg(node, "codes"), Parameters.of(program, node)
+    layout = _layout(program, codes, by, qcdq)
+    if layout is None or (product_reader and layout.per_tensor and not qcdq):
+        value = _dequantize_steps(rewriter, node, codes, by)
     else:
-        value = _dequantize_steps(rewriter, node, codes, scale, zero, spec)
-    rewriter.replace(node, rewriter.as_dtype(node, value, dtype))
+        parameters = linear_parameters(rewriter, node, by, layout)
+        value = rewriter.call(node, DQ, codes, *parameters, layout.axis, layout.block_size)
+    rewriter.replace(node, rewriter.as_dtype(node, value, node.meta["val"].dtype))
 
 
-def _dequantize_by(
-    rewriter: Rewriter,
-    at: fx.Node,
-    codes: fx.Node,
-    scale: fx.Node,
-    zero: fx.Node | None,
-    spec: QuantSpec,
-    layout: Layout,
-) -> fx.Node:
-    make = linear_parameters if rewriter.program.is_weight(scale) else computed_parameters
-    own_scale, own_zero = make(rewriter, at, scale, zero, spec, layout)
-    return rewriter.call(at, DQ, codes, own_scale, own_zero, layout.axis, layout.block_size)
-
-
-def _dequantize_steps(
-    rewriter: Rewriter, at: fx.Node, codes: fx.Node, scale: fx.Node, zero: fx.Node | None, spec: QuantSpec
-) -> fx.Node:
-    """``(codes - zero) * scale`` with a scale that is computed or stands after DequantizeLinear by one."""
-    codes, group = split(rewriter, at, codes, scale)
-    unit, nought = one(rewriter, rewriter.program.module_of(at) or at.name, spec)
-    value = rewriter.call(at, DQ, codes, unit, nought, -1, 0)
-    if zero is not None:
-        value = rewriter.call(at, aten.sub.Tensor, value, spread(rewriter, at, zero, group))
-    value = rewriter.call(at, aten.mul.Tensor, value, spread(rewriter, at, scale, group))
+def _dequantize_steps(rewriter: Rewriter, at: fx.Node, codes: fx.Node, by: Parameters) -> fx.Node:
+    """``(codes - zero) * scale``, with a DequantizeLinear by one for the conversion."""
+    codes, group = split(rewriter, at, codes, by.scale)
+    value = rewriter.call(at, DQ, codes, *unit(rewriter, at, by.spec), -1, 0)
+    if by.zero is not None:
+        value = rewriter.call(at, aten.sub.Tensor, value, spread(rewriter, at, by.zero, group))
+    value = rewriter.call(at, aten.mul.Tensor, value, spread(rewriter, at, by.scale, group))
     return rewriter.call(at, aten.flatten.using_ints, value, -2, -1) if group else value
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def unit(rewriter: Rewriter, at: fx.Node, spec: QuantSpec) -> tuple[fx.Node, fx.Node]:
+    """A scale of one and a zero-point of zero, of their own names: onnxruntime merges calls that share them."""
+    name = rewriter.program.module_of(at) or at.name
+    scale = rewriter.constant(f"{name}.unit_scale", torch.tensor(1.0))
+    return scale, rewriter.constant(f"{name}.unit_zero", torch.tensor(0, dtype=spec.storage))
+
+
+def _layout(program: Program, operand: fx.Node, by: Parameters, qcdq: bool) -> Layout | None:
+    """How QuantizeLinear takes the scale, if it can: a stored one per tensor or channel; with `qcdq` a computed one."""
+    if by.spec.zero == "float":
+        return None
+    sizes, operand_sizes = shape_of(by.scale), shape_of(operand)
+    stored = program.is_weight(by.scale)
+    if all(size == 1 for size in sizes):
+        return PER_TENSOR if stored or qcdq else None
+    full = [axis for axis, size in enumerate(sizes) if size != 1]
+    if stored and len(full) == 1 and operand_sizes[full[0]] == sizes[full[0]]:
+        return Layout(full[0], 0, (int(sizes[full[0]]),))
+    width, scales = operand_sizes[-1], sizes[-1]
+    leading = zip(operand_sizes[:-1], sizes[:-1], strict=True)
+    if stored or not qcdq or not isinstance(width, int) or not isinstance(scales, int):
+        return None
+    return Layout(len(sizes) - 1, width // scales, sizes) if all(a == b for a, b in leading) else None
+
+
+def linear_parameters(
+    rewriter: Rewriter, at: fx.Node, by: Parameters, layout: Layout
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scale (float32) and zero-point for Q and DQ; stored ones under names of their own for each reader."""
+    if rewriter.program.is_weight(by.scale):
+        scale = _own(rewriter, at, by.scale, layout)
+        if by.zero is not None:
+            zero = _own(rewriter, at, by.zero, layout)
+        else:
+            key = f"{rewriter.program.key(by.scale)}.zero_point"
+            zero = rewriter.constant(key, torch.zeros(layout.shape, dtype=by.spec.storage))
+        return rewriter.as_dtype(at, scale, torch.float32), zero
+    parts = [by.scale, by.zero]
+    if layout.per_tensor:
+        parts = [None if part is None else rewriter.call(at, aten.reshape.default, part, []) for part in parts]
+    assert parts[0] is not None
+    return rewriter.as_dtype(at, parts[0], torch.float32), parts[1]
+
+
+def _own(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, layout: Layout) -> fx.Node:
+    key = rewriter.program.key(parameter)
+    _, dtype = rewriter.source.meta(key)
+    return rewriter.derive(f"{key}@{at.name}", (key,), layout.apply, layout.shape, dtype)
+
+
+def split(rewriter: Rewriter, at: fx.Node, x: fx.Node, scale: fx.Node) -> tuple[fx.Node, bool]:
+    """`x` with its last axis as [groups, size], and True, where a scale holds for a group along it."""
+    width, scales = shape_of(x)[-1], shape_of(scale)[-1]
+    if not isinstance(width, int) or not isinstance(scales, int) or scales in (1, width):
+        return x, False
+    return rewriter.call(at, aten.unflatten.int, x, -1, [scales, width // scales]), True
+
+
+def spread(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, group: bool) -> fx.Node:
+    """A scale or zero-point as float32 that broadcasts against `split`'s result."""
+    parameter = rewriter.as_dtype(at, parameter, torch.float32)
+    return rewriter.call(at, aten.unsqueeze.default, parameter, -1) if group else parameter

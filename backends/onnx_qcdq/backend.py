@@ -1,8 +1,8 @@
-"""The onnx_qcdq target: its options and its five verbs. What they do is in the files beside this one."""
+"""The onnx_qcdq target: its options and its verbs. What they do is in the files beside this one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
@@ -44,7 +44,9 @@ class OnnxQcdqBackend(Backend):
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
-            raise RecipeError(f"onnx_qcdq writes opsets {OPSETS[0]} to {OPSETS[-1]}, not opset={self.opset}; use opset=21")
+            raise RecipeError(
+                f"onnx_qcdq writes opset {OPSETS[0]} to {OPSETS[-1]}, not opset={self.opset}; use opset=21"
+            )
         if self.style not in ("fused", "qcdq"):
             raise RecipeError(f"onnx_qcdq has no style={self.style!r}; use style=fused or style=qcdq")
         if self.external_data_threshold < 0:
@@ -71,12 +73,14 @@ class OnnxQcdqBackend(Backend):
 
         return OnnxRunner(directory)
 
-    def run(self, directory: Path) -> OnnxRunner:
-        """Same as `load`."""
-        return self.load(directory)
-
     def stored_codes(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
         """(weight name, codes as int8 or uint8 in the program's layout), read back from the files one at a time."""
         from qcompile.backends.onnx_qcdq.pack import stored_codes
 
         return stored_codes(Path(directory))
+
+    def first_difference(self, program: Program, directory: Path, feeds: Mapping[str, Tensor], tolerance: float) -> str:
+        """The first node whose value onnxruntime computes otherwise; see `probe.first_difference`."""
+        from qcompile.backends.onnx_qcdq.probe import first_difference
+
+        return first_difference(program, Path(directory), feeds, tolerance)

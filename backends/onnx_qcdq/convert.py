@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
 from qcompile.backends.onnx_qcdq.gathers import PAIRED
 from qcompile.backends.onnx_qcdq.pack import LAYOUT, WEIGHT, container, lazy
@@ -94,8 +95,7 @@ def _bind(model: ir.Model, prelowered: Prelowered, keys: Mapping[str, str], opse
         value.name = key
         model.graph.initializers[key] = value
         shape, dtype = program.weights.meta(key)
-        kind = ir.DataType.from_numpy(torch.empty(0, dtype=dtype).numpy().dtype) if dtype is not torch.bfloat16 else None
-        stored = kind or ir.DataType.BFLOAT16
+        stored = from_torch_dtype(dtype)
         if key in prelowered.bits:
             stored = container(prelowered.bits[key], dtype == torch.int8, opset)
         value.const_value = lazy(key, _reader(program, key), stored, shape)
@@ -140,7 +140,6 @@ def _simplify(model: ir.Model) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
     ):

@@ -9,7 +9,7 @@ from typing import Any
 from qcompile.ir.program import Program
 
 _KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "olmo")
-"""Model types that onnxruntime-genai has a decoder of this form for; others are declared as llama, which is that form."""
+"""Model types that onnxruntime-genai runs as a plain decoder; any other is declared as llama, which is one."""
 
 
 def write_genai_config(program: Program, directory: Path) -> bool:

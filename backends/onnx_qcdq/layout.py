@@ -36,6 +36,9 @@ class Layout:
         return parameter.reshape(self.shape).contiguous()
 
 
+PER_TENSOR = Layout(0, 0, ())
+
+
 def layout_of(shape: Sequence[int], scale_shape: Sequence[int]) -> Layout:
     """The layout of a scale of `scale_shape` for a tensor of `shape` (both static, of one rank).
 
@@ -46,7 +49,7 @@ def layout_of(shape: Sequence[int], scale_shape: Sequence[int]) -> Layout:
     """
     full = [axis for axis, n in enumerate(scale_shape) if n > 1]
     if not full:
-        return Layout(0, 0, ())
+        return PER_TENSOR
     if len(full) == 1 and scale_shape[full[0]] == shape[full[0]]:
         return Layout(full[0], 0, (shape[full[0]],))
     blocks = [n // s for n, s in zip(shape, scale_shape, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ def lower(backend: OnnxQcdqBackend, program: Program, directory: Path) -> Lowere
     _describe(model)
     ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=backend.external_data_threshold)
     onnx.checker.check_model(str(directory / MODEL))
-    notes = [f"{prelowered.products} products with quantized weights, {prelowered.integer_products} of them on integers"]
+    count, integer = prelowered.products, prelowered.integer_products
+    notes = [f"{count} products with quantized weights, {integer} of them in a form that runs on integers"]
     if write_genai_config(program, directory):
         notes.append("genai_config.json is for onnxruntime-genai")
     packages = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
@@ -56,13 +58,14 @@ def _describe(model: ir.Model) -> None:
 
 def _stored_tensors(model: ir.Model, program: Program) -> tuple[StoredTensor, ...]:
     """Every weight of the program with the bytes that are written for it, copies in another layout included."""
+    from qcompile.backends.onnx_qcdq.recognise import activation_parameters
     from qcompile.backends.onnx_qcdq.rewriting import base_key
 
+    activation = {program.key(part) for part in activation_parameters(program)}
     found: dict[str, list[ir.TensorProtocol]] = {}
     for key, value in model.graph.initializers.items():
-        base = base_key(key)
-        tensor = value.const_value
-        if tensor is None or base not in program.weights and not base.endswith(_PARTS):
+        base, tensor = base_key(key), value.const_value
+        if tensor is None or base in activation:
             continue
         found.setdefault(_weight_name(base, program), []).append(tensor)
     stored = []
@@ -72,11 +75,13 @@ def _stored_tensors(model: ir.Model, program: Program) -> tuple[StoredTensor, ..
         if key not in program.weights:
             continue
         shape, _ = program.weights.meta(key)
-        elements = 1
-        for size in shape:
-            elements *= size
-        stored.append(StoredTensor(name, largest.dtype.name.lower(), elements, sum(t.nbytes for t in tensors)))
+        stored.append(StoredTensor(name, _container(largest.dtype), math.prod(shape), sum(t.nbytes for t in tensors)))
     return tuple(stored)
+
+
+def _container(dtype: ir.DataType) -> str:
+    """``float32`` for what onnx calls FLOAT; its other names in lower case."""
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
 def _weight_name(key: str, program: Program) -> str:

@@ -1,6 +1,6 @@
 """Names in the ONNX model: inputs and outputs as onnxruntime-genai calls them, values and nodes as the program does.
 
-    past_key_values_0_key  ⟷  past_key_values.0.key          present_0_value  ⟷  present.0.value
+past_key_values_0_key  ⟷  past_key_values.0.key          present_0_value  ⟷  present.0.value
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _rename_sizes(model: ir.Model, program: Program) -> None:
     for value, node in zip([*model.graph.inputs, *model.graph.outputs], nodes, strict=True):
         if isinstance(node, fx.Node):
             sizes = [dim_expr(size) for size in node.meta["val"].shape]
-            value.shape = ir.Shape([named(size, program.symbols) if not isinstance(size, int) else size for size in sizes])
+            value.shape = ir.Shape([size if isinstance(size, int) else named(size, program.symbols) for size in sizes])
     for node_ir in model.graph:
         for output in node_ir.outputs:
             if not output.is_graph_output():

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.onnx_qcdq import ops
-from qcompile.backends.onnx_qcdq.activations import DQ, Q, clip_values, linear_parameters, one, partial_range, steps
-from qcompile.backends.onnx_qcdq.layout import Layout
+from qcompile.backends.onnx_qcdq.activations import DQ, Parameters, Q, clip_values, linear_parameters, steps, unit
+from qcompile.backends.onnx_qcdq.layout import PER_TENSOR, Layout
 from qcompile.backends.onnx_qcdq.recognise import (
     CHOOSE,
     Product,
@@ -160,28 +160,32 @@ def _integer_form(rewriter: Rewriter, product: Product, activation: QuantizedAct
 
 
 def _static_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node:
-    node, spec, per_tensor = product.node, activation.spec, Layout(0, 0, ())
+    node, by = product.node, Parameters(activation.scale, activation.zero, activation.spec)
     x = _lift(rewriter, product, rewriter.as_dtype(node, activation.x, torch.float32))
-    if partial_range(spec):
-        x = clip_values(rewriter, node, x, activation.scale, activation.zero, spec)
-    scale, zero = linear_parameters(rewriter, node, activation.scale, activation.zero, spec, per_tensor)
-    values = rewriter.call(node, DQ, rewriter.call(node, Q, x, scale, zero, 0, 0, spec.signed), scale, zero, 0, 0)
+    if by.partial_range:
+        x = clip_values(rewriter, node, x, by)
+    parameters = linear_parameters(rewriter, node, by, PER_TENSOR)
+    codes = rewriter.call(node, Q, x, *parameters, 0, 0, by.spec.signed)
+    values = rewriter.call(node, DQ, codes, *parameters, 0, 0)
     value = rewriter.call(node, ops.MATMUL, values, weight_values(rewriter, node, product))
     return _unlift(rewriter, product, value)
 
 
 def _token_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node:
-    node = product.node
-    a = activation
-    key = (a.x, a.scale, a.zero, a.spec)
-    value = rewriter.shared(key, lambda: steps(rewriter, node, a.x, a.scale, a.zero, a.spec))
-    unit, nought = one(rewriter, rewriter.program.module_of(node) or node.name, activation.spec)
-    value = rewriter.call(node, DQ, rewriter.call(node, Q, value, unit, nought, 0, 0, a.spec.signed), unit, nought, 0, 0)
-    value = rewriter.call(node, ops.MATMUL, value, weight_values(rewriter, node, product))
-    if activation.zero is not None:
-        zero = rewriter.as_dtype(node, activation.zero, torch.float32)
-        value = rewriter.call(node, aten.sub.Tensor, value, rewriter.call(node, aten.mul.Tensor, zero, _sums(rewriter, product)))
-    return rewriter.call(node, aten.mul.Tensor, value, rewriter.as_dtype(node, activation.scale, torch.float32))
+    node, by = product.node, Parameters(activation.scale, activation.zero, activation.spec)
+
+    def divide() -> fx.Node:
+        return steps(rewriter, node, rewriter.as_dtype(node, activation.x, torch.float32), by)
+
+    one = unit(rewriter, node, by.spec)
+    codes = rewriter.call(node, Q, rewriter.shared((activation.x, by), divide), *one, 0, 0, by.spec.signed)
+    values = rewriter.call(node, DQ, codes, *one, 0, 0)
+    value = rewriter.call(node, ops.MATMUL, values, weight_values(rewriter, node, product))
+    if by.zero is not None:
+        zero = rewriter.as_dtype(node, by.zero, torch.float32)
+        excess = rewriter.call(node, aten.mul.Tensor, zero, _sums(rewriter, product))
+        value = rewriter.call(node, aten.sub.Tensor, value, excess)
+    return rewriter.call(node, aten.mul.Tensor, value, rewriter.as_dtype(node, by.scale, torch.float32))
 
 
 def _sums(rewriter: Rewriter, product: Product) -> fx.Node:

@@ -91,9 +91,7 @@ def _axes(spec: QuantSpec, rank: int) -> tuple[list[int], bool]:
     return [-1], not isinstance(spec.granularity, PerGroup)
 
 
-def _signed_step(
-    rewriter: Rewriter, at: fx.Node, x: fx.Node, spec: QuantSpec, axes: list[int], keep: bool
-) -> fx.Node:
+def _signed_step(rewriter: Rewriter, at: fx.Node, x: fx.Node, spec: QuantSpec, axes: list[int], keep: bool) -> fx.Node:
     low = rewriter.call(at, aten.amin.default, x, axes, keep)
     high = rewriter.call(at, aten.amax.default, x, axes, keep)
     negative = rewriter.call(at, aten.ge.Tensor, rewriter.call(at, aten.neg.default, low), high)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ DEQUANTIZE = torch.ops.qcompile.dequantize.default
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_spec(text: str) -> QuantSpec:
     """`QuantSpec.parse`, remembered: a program has a handful of specs and thousands of uses."""
     return QuantSpec.parse(text)
@@ -67,6 +67,12 @@ def match_weight(program: Program, node: Any) -> QuantizedWeight | None:
     if not stored:
         return None
     return QuantizedWeight(node, codes, scale, zero, parse_spec(program.arg(node, "spec")))
+
+
+def activation_parameters(program: Program) -> set[fx.Node]:
+    """The stored scales and zero-points of what is quantized at run time."""
+    parts = {program.arg(n, name) for n in program.calls(QUANTIZE) for name in ("scale", "zero_point")}
+    return {part for part in parts if program.is_weight(part)}
 
 
 @dataclass(frozen=True, eq=False)

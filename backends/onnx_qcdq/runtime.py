@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class OnnxRunner:
     """
 
     def __init__(self, directory: str | Path, fast: bool = False, threads: int | None = None) -> None:
-        path = Path(directory) / "model.onnx"
+        self.directory = Path(directory)
+        path = self.directory / "model.onnx"
         if not path.is_file():
             raise ArtifactError(f"{directory} has no model.onnx; give a directory exported with --target onnx_qcdq")
         self.session = open_session(path, fast, threads)
@@ -60,13 +62,13 @@ class OnnxRunner:
         """
         given = {program_name(name): tensor for name, tensor in feeds.items()}
         self._check(given)
-        arrays = {self._names[name]: tensor.detach().cpu().numpy() for name, tensor in given.items()}
+        arrays = {self._names[name]: tensor.detach().cpu().contiguous().numpy() for name, tensor in given.items()}
         results = self.session.run(None, arrays)
         return {name: torch.from_numpy(np.asarray(r)) for name, r in zip(self.outputs, results, strict=True)}
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits ``[batch, sequence, vocabulary]`` for token ids int64 ``[batch, sequence]``."""
-        return self(dict(input_ids=input_ids))["logits"]
+        return self({"input_ids": input_ids})["logits"]
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One step of generation: what is not given is filled in, what the model does not take is left out."""
@@ -75,8 +77,12 @@ class OnnxRunner:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model has positions for, which the file does not say."""
-        return None
+        """Tokens that the model has positions for, where ``genai_config.json`` says so."""
+        path = self.directory / "genai_config.json"
+        if not path.is_file():
+            return None
+        length = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+        return None if length is None else int(length)
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int = 32, eos_token_id: int | Sequence[int] | None = None
@@ -92,9 +98,8 @@ class OnnxRunner:
                 raise QCompileError(f"input {name!r} is unknown; the model takes {list(self.inputs)}")
             kind = self.inputs[name]
             if tensor.dtype != kind.dtype or tensor.ndim != len(kind.sizes):
-                raise QCompileError(
-                    f"input {name!r} is {tensor.dtype}{list(tensor.shape)}; the model takes {kind.dtype} of rank {len(kind.sizes)}"
-                )
+                wanted = f"{kind.dtype} of rank {len(kind.sizes)}"
+                raise QCompileError(f"input {name!r} is {tensor.dtype}{list(tensor.shape)}; the model takes {wanted}")
 
 
 def open_session(path: Path, fast: bool = False, threads: int | None = None, optimized: Path | None = None) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH, SEQUENCE, PAST = 2, 3, 5  # example sizes; above 1, since torch.export fixes sizes of 0 and 1
+LONG = 1031  # a second example, beyond the chunks that scans are cut into
 _DYNAMIC = Dim.DYNAMIC
 
 _check: Any = torch._check  # tells the tracer what holds, so that equal sizes share a symbol
@@ -143,15 +144,33 @@ def export_decoder(model: PreTrainedModel, mode: FakeTensorMode | None = None) -
 
 
 def export_headless(model: PreTrainedModel, mode: FakeTensorMode | None = None) -> Exported:
-    """Export any model of token ids without a cache. Raises CaptureError, saying why, where it does not export."""
-    positions = takes_positions(model)
-    with mode or nullcontext():
-        ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
-        args = (ids, torch.ones_like(ids), *((torch.zeros_like(ids),) if positions else ()))
-    both = {0: _DYNAMIC, 1: _DYNAMIC}
+    """Export any model of token ids without a cache.
+
+    Raises CaptureError, saying why, where it does not export, or where the graph is one for some lengths only: chunked
+    scans unroll their loop over the chunks of the example, which torch.export does not notice.
+    """
     outputs: list[str] = []
-    program = _export(Headless(model, outputs), args, (both,) * len(args))
-    return Exported(program, _head(positions), outputs)
+    program = _headless(model, mode, outputs, SEQUENCE)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longer = min(limit, LONG) if isinstance(limit, int) else LONG
+    if longer > SEQUENCE and _calls(_headless(model, mode, [], longer)) != _calls(program):
+        raise CaptureError(
+            f"its graph for {SEQUENCE} tokens is not its graph for {longer}, so neither is right for all"
+        )
+    return Exported(program, _head(takes_positions(model)), outputs)
+
+
+def _headless(model: PreTrainedModel, mode: FakeTensorMode | None, outputs: list[str], length: int) -> ExportedProgram:
+    """Export on an example of `length` tokens; `outputs` receives the names of what is returned."""
+    with mode or nullcontext():
+        ids = torch.zeros(BATCH, length, dtype=torch.int64)
+        args = (ids, torch.ones_like(ids), *((torch.zeros_like(ids),) if takes_positions(model) else ()))
+    return _export(Headless(model, outputs), args, ({0: _DYNAMIC, 1: _DYNAMIC},) * len(args))
+
+
+def _calls(program: ExportedProgram) -> list[str]:
+    """Every call with its arguments; sizes that torch.export keeps symbolic are arguments by name."""
+    return [f"{node.target}{node.args}{node.kwargs}" for node in program.graph.nodes if node.op == "call_function"]
 
 
 def _head(positions: bool) -> list[str]:

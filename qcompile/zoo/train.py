@@ -15,8 +15,8 @@ opt     1090176     3.2005          1.7068
 moe     1460608     2.9368          1.5662
 ======  ==========  ==============  ===============
 
-The best checkpoint was the last one each time. The recipe was tried out on the same tenth, so these numbers are a little
-optimistic; for comparing a model with its own quantized form that does not matter.
+The best checkpoint was the last one each time. The recipe was tried out on the same tenth, so these numbers are a
+little optimistic; for comparing a model with its own quantized form that does not matter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from qcompile.zoo.configs import MODELS, POSITIONS, SHORT, Recipe
@@ -41,7 +41,7 @@ from qcompile.zoo.score import Score, score, split, windows
 from qcompile.zoo.tokenizer import save_tokenizer, train_tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Tokens of `text`, ``[tokens]``, without ``<s>``."""
     return torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
@@ -142,7 +142,7 @@ def fit(model: PreTrainedModel, train: torch.Tensor, valid: torch.Tensor, chars:
     model.load_state_dict(best_weights)
 
 
-def build(name: str, tokenizer: PreTrainedTokenizerFast, train: str, valid: str, recipe: Recipe) -> PreTrainedModel:
+def build(name: str, tokenizer: PreTrainedTokenizerBase, train: str, valid: str, recipe: Recipe) -> PreTrainedModel:
     """Train a model from scratch, in float32; the same on every run of the same machine."""
     torch.manual_seed(recipe.seed)
     config = MODELS[name][0]()
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, valid = split(args.text.read_text(encoding="utf-8"))
     tokenizer = train_tokenizer(train, POSITIONS)
     model = build(args.model, tokenizer, train, valid, recipe)
-    model.half().save_pretrained(args.out)
+    model.to(torch.float16).save_pretrained(args.out)
     save_tokenizer(tokenizer, args.out)
     result = measure(args.out, valid)
     entry = {name: round(value, 4) for name, value in result._asdict().items()}

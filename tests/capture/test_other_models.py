@@ -62,3 +62,21 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(CaptureError, match="encoder-decoder"):
         capture(tmp_path)
+
+
+def test_a_graph_that_holds_for_some_lengths_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like a chunked scan, whose loop torch.export unrolls for the example's number of chunks."""
+    from transformers import BertConfig, BertModel
+
+    model, forward = BertModel(BertConfig(**SMALL)).eval(), BertModel.forward
+
+    def chunked(self: BertModel, input_ids: torch.Tensor, **options: torch.Tensor) -> object:
+        out = forward(self, input_ids=input_ids, **options)
+        for _ in range(1 if options["attention_mask"].shape[1] < 16 else 2):
+            out.last_hidden_state = out.last_hidden_state * 2
+        return out
+
+    capture(model)
+    monkeypatch.setattr(BertModel, "forward", chunked)
+    with pytest.raises(CaptureError, match="not its graph for 64"):
+        capture(model)

@@ -159,12 +159,12 @@ def _negative_item(program: Program) -> None:
 
 @breaks("codes-decoded")
 def _computing_with_codes(program: Program) -> None:
-    program.set_arg(_node(program, "m"), "other", _like(program, "d", aten.neg.default, (_node(program, "q"),), "m"))
+    program.set_arg(_node(program, "m"), "self", _like(program, "d", aten.neg.default, (_node(program, "q"),), "m"))
 
 
 @breaks("codes-decoded")
 def _computing_with_moved_codes(program: Program) -> None:
-    program.set_arg(_node(program, "m"), "other", _like(program, "d", aten.abs.default, (_node(program, "v"),), "m"))
+    program.set_arg(_node(program, "m"), "self", _like(program, "d", aten.abs.default, (_node(program, "v"),), "m"))
 
 
 @breaks("codes-made")
