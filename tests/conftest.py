@@ -116,8 +116,14 @@ def tiny_decoder() -> Callable[..., tuple[torch.nn.Module, Program]]:
 def _decoder(name: str, layers: int, dtype: torch.dtype, changes: dict[str, Any]) -> tuple[torch.nn.Module, Program]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    extra = dict(num_hidden_layers=layers, vocab_size=64, pad_token_id=None)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    extra = {"num_hidden_layers": layers, "vocab_size": 64, "pad_token_id": None}
     config = AutoConfig.for_model(name, **{**sizes, **extra, **changes})
     config._attn_implementation = "eager" if name == "gemma2" else "sdpa"
     torch.manual_seed(0)

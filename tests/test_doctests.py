@@ -10,7 +10,10 @@ import pytest
 
 import qcompile
 
-MODULES = ["qcompile", *(m.name for m in pkgutil.walk_packages(qcompile.__path__, "qcompile.") if "__main__" not in m.name)]
+MODULES = [
+    "qcompile",
+    *(m.name for m in pkgutil.walk_packages(qcompile.__path__, "qcompile.") if "__main__" not in m.name),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

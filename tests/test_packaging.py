@@ -36,7 +36,11 @@ def test_links_are_kept_by_git() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "-s", "qcompile/passes", "qcompile/backends"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-s", "qcompile/passes", "qcompile/backends"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     assert [line.split()[0] for line in listed] == ["120000", "120000"]
 

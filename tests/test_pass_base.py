@@ -67,7 +67,26 @@ def registered() -> Iterator[None]:
 
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
-    ["null", "true", "1", "1e3", "a, b", "it's", '"', "(", "]", "a=b", "#x", "layers.*.q", " x ", "~", "-", "\\", '\\", ', "\n"]
+    [
+        "null",
+        "true",
+        "1",
+        "1e3",
+        "a, b",
+        "it's",
+        '"',
+        "(",
+        "]",
+        "a=b",
+        "#x",
+        "layers.*.q",
+        " x ",
+        "~",
+        "-",
+        "\\",
+        '\\", ',
+        "\n",
+    ]
 )
 
 
@@ -130,12 +149,16 @@ def test_options_given_twice_are_an_error() -> None:
 
 def test_options_from_a_mapping_are_checked_alike() -> None:
     assert make_pass(Everything, {"count": 7, "nested": {"low": 2}}) == Everything(count=7, nested=Nested(low=2))
-    with pytest.raises(RecipeError, match="option nested.low"):
+    with pytest.raises(RecipeError, match=r"option nested\.low"):
         make_pass(Everything, {"nested": {"low": "x"}})
 
 
 def test_splitting_respects_brackets_and_quotes() -> None:
-    assert split_top("a, b(c=[1, 2], d='x, y'), , e(f={g: 1, h: 2})") == ["a", "b(c=[1, 2], d='x, y')", "e(f={g: 1, h: 2})"]
+    assert split_top("a, b(c=[1, 2], d='x, y'), , e(f={g: 1, h: 2})") == [
+        "a",
+        "b(c=[1, 2], d='x, y')",
+        "e(f={g: 1, h: 2})",
+    ]
 
 
 def test_every_shipped_pass_prints_and_parses_back_and_has_a_picture() -> None:
@@ -150,7 +173,9 @@ def test_every_shipped_pass_prints_and_parses_back_and_has_a_picture() -> None:
 
 def test_a_name_is_taken_once() -> None:
     assert register(Everything) is Everything  # the same class again is no clash
-    with pytest.raises(ValueError, match=r"pass name 'test-everything' is taken by .*test_pass_base; .* must choose another"):
+    with pytest.raises(
+        ValueError, match=r"pass name 'test-everything' is taken by .*test_pass_base; .* must choose another"
+    ):
 
         @register
         @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 from qcompile.pass_base import PASSES, all_passes
 
 PAGE = (Path(__file__).parents[1] / "docs" / "writing_a_pass.md").read_text()
-BLOCKS = {name: text for name, text in re.findall(r"```\w+ (\S+)\n(.*?)```", PAGE, re.DOTALL)}
+BLOCKS = dict(re.findall(r"```\w+ (\S+)\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = [line[2:] for line in PAGE.splitlines() if line.startswith("$ ")]
 
 
@@ -30,7 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     info = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in d.items()) for group, d in project["entry-points"].items()]
+    lines = [
+        f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in d.items()) for group, d in project["entry-points"].items()
+    ]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     before = all_passes()
     monkeypatch.chdir(tmp_path)
@@ -42,7 +44,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_every_block_is_used() -> None:
-    names = ["merge_scales.py", "test_merge_scales.py", "pyproject.toml", "scales.qir", "merged.qir", "run_merge_scales.py"]
+    names = [
+        "merge_scales.py",
+        "test_merge_scales.py",
+        "pyproject.toml",
+        "scales.qir",
+        "merged.qir",
+        "run_merge_scales.py",
+    ]
     assert list(BLOCKS) == names
     assert PAGE.count("```") == 2 * (len(names) + 1)  # and the command
     assert len(COMMANDS) == 1
@@ -77,6 +86,9 @@ def test_the_command_finds_it_by_its_entry_point_and_writes_what_is_shown(folder
 def test_the_page_is_formatted_like_the_project(folder: Path) -> None:
     files = [name for name in BLOCKS if name.endswith(".py")]
     checked = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--line-length", "120", *files], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W,B", "--line-length", "120", *files],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert checked.returncode == 0, checked.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from torch import fx
 
 from qcompile.backends.onnx_qcdq.gathers import PAIRED
 from qcompile.backends.onnx_qcdq.pack import LAYOUT, WEIGHT, container, lazy
@@ -38,6 +40,7 @@ def convert(prelowered: Prelowered, opset: int) -> ir.Model:
     for node in flat.weight_nodes:
         # A dotted key is a path of attributes to the exporter, and "w" beside "w.codes" would be two things at one.
         node.meta["weight"] = node.name
+    _copy_parts(flat)
     exported = flat.to_exported(fake=True)
     try:
         with _quiet():
@@ -57,6 +60,18 @@ def convert(prelowered: Prelowered, opset: int) -> ir.Model:
     _bind(model, prelowered, keys, opset)
     _simplify(model)
     return model
+
+
+def _copy_parts(program: Program) -> None:
+    """Return a copy of a part of an operator's result: torch.export loses the name of the part itself."""
+    output = program.output_node
+    returned = [
+        program.call(torch.ops.aten.clone.default, (value,), before=output)
+        if isinstance(value, fx.Node) and value.target is operator.getitem
+        else value
+        for value in program.outputs.values()
+    ]
+    output.args = (tuple(returned),)
 
 
 def _innermost(error: BaseException) -> str:

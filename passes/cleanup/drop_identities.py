@@ -4,13 +4,14 @@
     t = transpose(x, 1, 2); y = transpose(t, 1, 2)  ⟶     x
     y = slice(x, 1, 0, 9223372036854775807)         ⟶     x
 
-Exact: equal values, shape and dtype (of the two zeros, ``x + 0`` kept only the positive one). A ``view`` behind a
-dropped copy becomes a ``reshape``, since the copy is what made it possible.
+Exact: equal values, shape and dtype (of the two zeros, ``x + 0`` kept only the positive one). Where a dropped call made a
+copy, each ``view`` behind it becomes a ``reshape``, up to the next product of matrices: operators hand on the order of
+their operand's elements in memory, and the copy's order is what made the ``view`` possible.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ class DropIdentities(Pass):
     def run(self, program: Program) -> Report:
         """Replace each identity by its operand."""
         report = Report()
+        loosened: set[fx.Node] = set()  # what works on any order in memory by now
         for node in program.nodes:
             found = _identity(program, node)
             if found is None:
@@ -44,12 +46,14 @@ class DropIdentities(Pass):
                 report.skip(node, f"{why}, but it is what returns {source.name}")
                 continue
             if node.target in _COPIES:
-                views, obstacle = _views_behind(node)
+                behind, obstacle = _behind(node, loosened)
                 if obstacle is not None:
                     report.skip(node, f"{why}, but {obstacle.name} needs the memory layout that it makes")
                     continue
-                for view in views:
-                    view.target = aten.reshape.default
+                loosened |= behind
+                for view in behind:
+                    if view.target is aten.view.default:
+                        view.target = aten.reshape.default
             program.replace(node, source)
             report.rewrote(node, why)
         return report
@@ -184,45 +188,43 @@ def _same_type(a: fx.Node, b: fx.Node) -> bool:
     return isinstance(a.meta["val"], Tensor) and _shape(a) == _shape(b) and a.meta["val"].dtype == b.meta["val"].dtype
 
 
-def _views_behind(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """The ``view`` calls that look at `node`'s memory, directly or through other views; and a reader that would
-    not work on any other memory layout, if there is one."""
-    views: list[fx.Node] = []
-    for reader in _memory_readers(node):
-        if reader.target in _VIEWS:
-            views.append(reader)
-        elif reader.target not in _ANY_LAYOUT and _needs_layout(reader):
-            return [], reader
-    return views, None
-
-
-def _memory_readers(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        if user.op == "call_function":
-            yield user
-            if _is_alias(user):
-                yield from _memory_readers(user)
-
-
-def _is_alias(node: fx.Node) -> bool:
-    """Whether the result shares memory with an operand (so a layout shows through)."""
-    if not isinstance(node.target, OpOverload):
-        return True  # getitem of split, chunk, …
-    return any(r.alias_info is not None for r in node.target._schema.returns) or node.target in _VIEWS
+def _behind(node: fx.Node, known: set[fx.Node]) -> tuple[set[fx.Node], fx.Node | None]:
+    """All that `node`'s order in memory may show through to, beyond `known`; and one of them that would not work on
+    any other order, if there is one."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.op != "call_function" or user in found or user in known:
+                continue
+            if _needs_layout(user):
+                return set(), user
+            found.add(user)
+            if user.target not in _FRESH:
+                pending.append(user)
+    return found, None
 
 
 def _needs_layout(node: fx.Node) -> bool:
     """Views of bits, and kernels outside ATen's public operators, may insist on strides."""
-    if not isinstance(node.target, OpOverload):
+    if not isinstance(node.target, OpOverload) or node.target in _ANY_LAYOUT:
         return False
     name = node.target._schema.name.partition("::")[2]
-    return node.target.namespace not in ("aten", "qcompile") or name.startswith("_") or "as_" in name or (
-        node.target is aten.view.dtype
-    )
+    foreign = node.target.namespace not in ("aten", "qcompile") or name.startswith("_")
+    return foreign or "as_" in name or node.target is aten.view.dtype
 
 
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_ANY_LAYOUT = {aten._softmax.default, aten._log_softmax.default, aten._to_copy.default}
+_ANY_LAYOUT = {aten._softmax.default, aten._log_softmax.default, aten._to_copy.default, *_VIEWS}
+# What writes its result in rows, whatever the order of its operands.
+_FRESH = {
+    aten.linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.embedding.default,
+}
 _CASTS = {aten.to.dtype, aten._to_copy.default}
 # What makes a new tensor where the operand may have had gaps or another order in memory.
 _COPIES = {

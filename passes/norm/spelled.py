@@ -21,7 +21,6 @@ from qcompile.passes.cleanup.constants import Constants
 aten = torch.ops.aten
 
 
-
 @dataclass(frozen=True)
 class SpelledNorm:
     """A normalisation of `x` over its last axis: every reader of `result` may read one operator instead."""
@@ -90,8 +89,10 @@ def _statistic(program: Program, root: fx.Node) -> _Statistic | None:
         return _Statistic(reduction, axes, strip_casts(operand)[0], True, eps, tuple(inner))
     square, casts = strip_casts(operand)
     base = _squared(square)
-    return None if base is None else _Statistic(
-        reduction, axes, strip_casts(base)[0], False, eps, (*inner, *casts, square)
+    return (
+        None
+        if base is None
+        else _Statistic(reduction, axes, strip_casts(base)[0], False, eps, (*inner, *casts, square))
     )
 
 

@@ -19,8 +19,9 @@ from qcompile.ir.program import Program, new_fake_mode
 from qcompile.ir.types import DTYPES
 from qcompile.ir.weights import WeightStore
 
-# Sizes that stand for a symbol while values are inferred: distinct, above 1 (0 and 1 specialise), coprime.
-_HINTS = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097)
+# Sizes that stand for a symbol while values are inferred: above 1 (0 and 1 specialise), primes that no axis is likely
+# to have, and small, so that their sums stay inside a model's table of positions.
+_HINTS = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
 
 
 def parse_program(text: str, weights: Mapping[str, Tensor] | None = None, seed: int = 0) -> Program:

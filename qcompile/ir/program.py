@@ -257,8 +257,8 @@ class Program:
     def parse(cls, text: str, weights: Mapping[str, Tensor] | None = None, seed: int = 0) -> Program:
         """Parse `str(program)`. Weights that `weights` does not give are drawn from `seed`.
 
-        >>> p = Program.parse("def main(x: f32[2, 3], *, w: f32[4, 3]):\\n    y = aten.linear.default(x, w)\\n    return {'y': y}")
-        >>> print(p)
+        >>> text = "def main(x: f32[2, 3], *, w: f32[4, 3]):\\n    y = aten.linear.default(x, w)\\n    return {'y': y}"
+        >>> print(Program.parse(text))
         def main(x: f32[2, 3], *, w: f32[4, 3]):
             y: f32[2, 4] = aten.linear.default(x, w)
             return {"y": y}

@@ -126,8 +126,6 @@ def test_axes_mean_what_they_say(name: str) -> None:
     assert not torch.allclose(of_weight, p.run({"x": x, "i": i})["y"], atol=1e-6)
 
 
-
-
 @pytest.mark.parametrize(
     ("body", "weight"),
     [

@@ -77,7 +77,9 @@ def test_other_programs_return_their_output_or_outputs() -> None:
 
 
 def test_bad_inputs() -> None:
-    program = Program.parse('def main(x: f32[n, 2], y: i64[n]):\n    z = aten.neg.default(x)\n    return {"z": z, "y": y}')
+    program = Program.parse(
+        'def main(x: f32[n, 2], y: i64[n]):\n    z = aten.neg.default(x)\n    return {"z": z, "y": y}'
+    )
     x, y = torch.ones(3, 2), torch.ones(3, dtype=torch.int64)
     cases = [
         ({"x": x}, r"input 'y' is missing; the program takes \['x', 'y'\]"),
@@ -94,9 +96,8 @@ def test_bad_inputs() -> None:
 
 
 def test_a_failure_names_the_call() -> None:
-    program = Program.parse(
-        'def main(x: f32[n, 2], *, w: f32[3, 2]):\n    y = aten.linear.default(x, w)  # layers.0.proj\n    return {"y": y}'
-    )
+    call = "y = aten.linear.default(x, w)  # layers.0.proj"
+    program = Program.parse(f'def main(x: f32[n, 2], *, w: f32[3, 2]):\n    {call}\n    return {{"y": y}}')
     with pytest.raises(RuntimeError) as caught:
         program.run({"x": torch.ones(3, 4)})
     assert any("aten.linear.default" in note and "'layers.0.proj'" in note for note in caught.value.__notes__)

@@ -89,7 +89,9 @@ def test_deleting() -> None:
 
 def test_writes_beyond_the_budget_spill_and_the_scratch_goes_with_the_store() -> None:
     store = WeightStore(budget=5 << 20)
-    tensors = {f"w{i}": torch.randn(512, 1024, generator=torch.Generator().manual_seed(i)) for i in range(5)}  # 2 MiB each
+    tensors = {
+        f"w{i}": torch.randn(512, 1024, generator=torch.Generator().manual_seed(i)) for i in range(5)
+    }  # 2 MiB each
     for key, tensor in tensors.items():
         store[key] = tensor
     store["small"] = torch.ones(3)
@@ -190,7 +192,7 @@ def test_behaves_like_a_dict(steps: list[str]) -> None:
             others = (store.copy(), dict(plain))
         elif step == "swap":
             (store, plain), others = others, (store, plain)
-        assert list(sorted(store)) == list(sorted(plain))
+        assert sorted(store) == sorted(plain)
         assert all(torch.equal(store[k], plain[k]) for k in plain)
 
 

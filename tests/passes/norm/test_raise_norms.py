@@ -198,9 +198,31 @@ def test_a_weight_of_a_narrower_type_is_stored_in_the_wider() -> None:
     assert torch.equal(program(x), (_rms(x, 0.001) * gain.float()).bfloat16())
 
 
+def test_a_result_in_the_wider_type_is_not_rounded(golden: Callable[..., Any]) -> None:
+    golden(
+        RaiseNorms(),
+        """\
+        def main(x: bf16[2, 8]):
+            c: f32[2, 8] = aten.to.dtype(x, torch.float32)
+            p: f32[2, 8] = aten.pow.Tensor_Scalar(c, 2)
+            m: f32[2, 1] = aten.mean.dim(p, [-1], True)
+            a: f32[2, 1] = aten.add.Tensor(m, 0.001)
+            r: f32[2, 1] = aten.rsqrt.default(a)
+            s: f32[2, 8] = aten.mul.Tensor(c, r)
+            return {"s": s}""",
+        """\
+        def main(x: bf16[2, 8]):
+            to_dtype: f32[2, 8] = aten.to.dtype(x, torch.float32)
+            rms_norm: f32[2, 8] = aten.rms_norm.default(to_dtype, [8], None, 0.001)
+            return {"s": rms_norm}""",
+    )
+
+
 def test_a_router_that_widens_keeps_its_cast() -> None:
-    text = LLAMA.replace("f32", "bf16").replace("z: bf16[batch, sequence, 8] = aten.relu.default(y)",
-                                                "z: f32[batch, sequence, 8] = aten.to.dtype(y, torch.float32)")
+    text = LLAMA.replace("f32", "bf16").replace(
+        "z: bf16[batch, sequence, 8] = aten.relu.default(y)",
+        "z: f32[batch, sequence, 8] = aten.to.dtype(y, torch.float32)",
+    )
     program = Program.parse(textwrap.dedent(text))
     PassManager([RaiseNorms()]).run(program)
     assert "rms_norm: bf16[batch, sequence, 8]" in str(program)
@@ -215,70 +237,90 @@ def _change(*pairs: tuple[str, str]) -> str:
     return text
 
 
+_COLUMN, _FULL = "f32[batch, sequence, 1]", "f32[batch, sequence, 8]"
+_POW = f"        p: {_FULL} = aten.pow.Tensor_Scalar(x, 2)  # norm\n"
+_ADD = f"        a: {_COLUMN} = aten.add.Tensor(m, 0.01)  # norm\n"
+_RSQRT = f"        r: {_COLUMN} = aten.rsqrt.default(a)  # norm\n"
+_GAIN = f"        y: {_FULL} = aten.mul.Tensor(g, s)  # norm\n"
+_MEAN, _PRODUCT, _RETURN = "aten.mean.dim(p, [-1], True)", "aten.mul.Tensor(x, r)", 'return {"z": z}'
+
+
+def _over(axes: str, shape: str) -> str:
+    return _change((_MEAN, f"aten.mean.dim(p, {axes}, True)"), (_COLUMN, shape))
+
+
+def _scaling(line: str) -> str:
+    """The product scales n, which `line` computes."""
+    return _change((_PRODUCT, "aten.mul.Tensor(n, r)"), (f"        s: {_FULL}", f"{line}\n        s: {_FULL}"))
+
+
 NEAR_MISSES = {
-    "another axis": (
-        _change(("aten.mean.dim(p, [-1], True)", "aten.mean.dim(p, [1], True)"), ("m: f32[batch, sequence, 1]", "m: f32[batch, 1, 8]"),
-                ("a: f32[batch, sequence, 1]", "a: f32[batch, 1, 8]"), ("r: f32[batch, sequence, 1]", "r: f32[batch, 1, 8]")),
-        "m runs over axes [1], not over the last",
-    ),
-    "two axes": (
-        _change(("aten.mean.dim(p, [-1], True)", "aten.mean.dim(p, [-2, -1], True)"), ("m: f32[batch, sequence, 1]", "m: f32[batch, 1, 1]"),
-                ("a: f32[batch, sequence, 1]", "a: f32[batch, 1, 1]"), ("r: f32[batch, sequence, 1]", "r: f32[batch, 1, 1]")),
-        "m runs over axes [-2, -1], not over the last",
-    ),
+    "another axis": (_over("[1]", "f32[batch, 1, 8]"), "m runs over axes [1], not over the last"),
+    "two axes": (_over("[-2, -1]", "f32[batch, 1, 1]"), "m runs over axes [-2, -1], not over the last"),
     "no eps": (
-        _change(("        a: f32[batch, sequence, 1] = aten.add.Tensor(m, 0.01)  # norm\n", ""), ("rsqrt.default(a)", "rsqrt.default(m)")),
+        _change((_ADD, ""), ("rsqrt.default(a)", "rsqrt.default(m)")),
         "nothing, no eps, is added to the mean of squares",
     ),
     "statistic read elsewhere": (
-        _change(('return {"z": z}', 'return {"z": z, "r": r}')),
+        _change((_RETURN, 'return {"z": z, "r": r}')),
         "the statistic r is read by s and output",
     ),
     "mean read elsewhere": (
-        _change(('return {"z": z}', 'return {"z": z, "m": m}')),
+        _change((_RETURN, 'return {"z": z, "m": m}')),
         "the statistic m is also read by a and output",
     ),
     "squares read elsewhere": (
-        _change(('return {"z": z}', 'return {"z": z, "p": p}')),
+        _change((_RETURN, 'return {"z": z, "p": p}')),
         "the statistic p is also read by m and output",
     ),
     "another product": (
-        _change(("aten.mul.Tensor(x, r)", "aten.mul.Tensor(n, r)"),
-                ("        s: f32", "        n: f32[batch, sequence, 8] = aten.neg.default(x)\n        s: f32")),
+        _scaling(f"        n: {_FULL} = aten.neg.default(x)"),
         "s scales n, the mean is over the squares of x",
     ),
     "no product": (
-        _change(("s: f32[batch, sequence, 8] = aten.mul.Tensor(x, r)", "s: f32[batch, sequence, 8] = aten.add.Tensor(x, r)")),
+        _change((_PRODUCT, "aten.add.Tensor(x, r)")),
         "the statistic r is read by s (aten.add.Tensor), which scales no tensor by it",
     ),
     "root in the numerator": (
         _change(("aten.rsqrt.default(a)", "aten.sqrt.default(a)")),
         "the statistic r is read by s (aten.mul.Tensor), which scales no tensor by it",
     ),
+    "root divided": (
+        _change(("aten.rsqrt.default(a)", "aten.sqrt.default(a)"), (_PRODUCT, "aten.div.Tensor(r, x)")),
+        "the statistic r is read by s (aten.div.Tensor), which scales no tensor by it",
+    ),
     "half a layer norm": (
-        _change(("        s: f32", "        u: f32[batch, sequence, 1] = aten.mean.dim(x, [-1], True)\n"
-                 "        n: f32[batch, sequence, 8] = aten.sub.Tensor(x, u)\n        s: f32"), ("aten.mul.Tensor(x, r)", "aten.mul.Tensor(n, r)")),
+        _scaling(
+            f"        u: {_COLUMN} = aten.mean.dim(x, [-1], True)\n        n: {_FULL} = aten.sub.Tensor(x, u)",
+        ),
         "s scales n, the mean is over the squares of x",
     ),
     "variance of the uncentred": (
-        _change(("        p: f32[batch, sequence, 8] = aten.pow.Tensor_Scalar(x, 2)  # norm\n", ""),
-                ("aten.mean.dim(p, [-1], True)", "aten.var.correction(x, [-1], correction=0, keepdim=True)")),
+        _change((_POW, ""), (_MEAN, "aten.var.correction(x, [-1], correction=0, keepdim=True)")),
         "s scales x, the variance is that of x",
     ),
     "axis dropped": (
-        _change(("m: f32[batch, sequence, 1] = aten.mean.dim(p, [-1], True)", "m: f32[batch, sequence] = aten.mean.dim(p, [-1])"),
-                ("a: f32[batch, sequence, 1]", "a: f32[batch, sequence]"),
-                ("        r: f32[batch, sequence, 1] = aten.rsqrt.default(a)  # norm\n",
-                 "        t: f32[batch, sequence] = aten.rsqrt.default(a)\n        r: f32[batch, sequence, 1] = aten.unsqueeze.default(t, -1)\n")),
+        _change(
+            (f"m: {_COLUMN} = {_MEAN}", "m: f32[batch, sequence] = aten.mean.dim(p, [-1])"),
+            (f"a: {_COLUMN}", "a: f32[batch, sequence]"),
+            (
+                _RSQRT,
+                "        t: f32[batch, sequence] = aten.rsqrt.default(a)\n"
+                f"        r: {_COLUMN} = aten.unsqueeze.default(t, -1)\n",
+            ),
+        ),
         "m does not keep the axis it reduces",
     ),
     "symbolic width": (
-        _change(("x: f32[batch, sequence, 8]", "x: f32[batch, sequence, width]"), ("p: f32[batch, sequence, 8]", "p: f32[batch, sequence, width]"),
-                ("s: f32[batch, sequence, 8]", "s: f32[batch, sequence, width]"), ("        y: f32[batch, sequence, 8] = aten.mul.Tensor(g, s)  # norm\n", ""),
-                (', *, g: f32[8] = "norm.weight"', ""), ("z: f32[batch, sequence, 8] = aten.relu.default(y)", "z: f32[batch, sequence, width] = aten.relu.default(s)")),
+        _change(
+            (_GAIN, ""),
+            (', *, g: f32[8] = "norm.weight"', ""),
+            ("aten.relu.default(y)", "aten.relu.default(s)"),
+            (_FULL, "f32[batch, sequence, width]"),
+        ),
         "the last axis of x has no fixed size",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
@@ -289,10 +331,14 @@ def test_near_miss(name: str, left_alone: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "statistic",
-    ["aten.mean.dim(x, [-1], True)", "aten.var.correction(x, [-1], correction=1, keepdim=True)", "aten.amax.default(x, [-1], True)"],
-)  # fmt: skip
+    [
+        "aten.mean.dim(x, [-1], True)",
+        "aten.var.correction(x, [-1], correction=1, keepdim=True)",
+        "aten.amax.default(x, [-1], True)",
+    ],
+)
 def test_a_root_of_anything_else_is_not_spoken_of(statistic: str, left_alone: Callable[..., Any]) -> None:
-    text = _change(("        p: f32[batch, sequence, 8] = aten.pow.Tensor_Scalar(x, 2)  # norm\n", ""), ("aten.mean.dim(p, [-1], True)", statistic))
+    text = _change((_POW, ""), (_MEAN, statistic))
     assert left_alone(RaiseNorms(), text) == []
 
 
@@ -308,6 +354,21 @@ def test_a_weight_that_depends_on_the_input_stays_a_product(golden: Callable[...
             z: f32[batch, sequence, 8] = aten.relu.default(y)
             return {"z": z}""",
     )
+
+
+@pytest.mark.parametrize("shape", ["[5, 8]", "[1]", "[1, 1, 8]"])
+def test_a_weight_that_is_no_vector_of_the_width_stays_a_product(shape: str) -> None:
+    text = _change(("g: f32[8]", f"g: f32{shape}")).replace("sequence", "5")
+    program = Program.parse(textwrap.dedent(text))
+    x = torch.randn(2, 5, 8)
+    expected = program(x)
+    PassManager([RaiseNorms()]).run(program)
+    assert "aten.rms_norm.default(x, [8], None, 0.01)" in str(program)
+    torch.testing.assert_close(program(x), expected)
+
+
+def test_an_eps_that_is_scaled_is_not_understood(left_alone: Callable[..., Any]) -> None:
+    assert left_alone(RaiseNorms(), _change(("(m, 0.01)", "(m, 0.01, alpha=2)"))) == []
 
 
 SQUARES = {"pow": "aten.pow.Tensor_Scalar(x, 2)", "mul": "aten.mul.Tensor(x, x)", "square": "aten.square.default(x)"}
@@ -344,7 +405,11 @@ def test_every_spelling(spelling: tuple[str, ...], eps: float, axis: int, seed: 
     square, mean, added, product, gain = spelling
     lines = [f"p = {SQUARES[square]}", *MEANS[mean], *EPS[added], *PRODUCTS[product], *GAINS[gain][0]]
     body = "\n".join(f"    {line}" for line in lines).format(eps=eps, axis=axis)
-    text = f'def main(x: f64[2, 3, 6], *, g: f64[6], e: f64[1]):\n{body}\n    z = aten.mul.Tensor(y, e)\n    return {{"z": z}}'
+    head, tail = (
+        "def main(x: f64[2, 3, 6], *, g: f64[6], e: f64[1]):",
+        '    z = aten.mul.Tensor(y, e)\n    return {"z": z}',
+    )
+    text = "\n".join([head, body, tail])
     scale = torch.tensor([eps], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     given_gain = torch.randn(6, dtype=torch.float64, generator=generator)

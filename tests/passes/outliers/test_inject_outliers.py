@@ -19,9 +19,12 @@ from qcompile.passes.outliers.inject_outliers import InjectOutliers
 
 aten = torch.ops.aten
 
-# A linear, an addmm with a [K, N] weight, a stack of experts by bmm, one expert by select, and a router behind a cast.
+# A linear, an addmm with a [K, N] weight, a stack of experts by bmm, one expert by select, and a router.
 EVERY_READER = """\
-    def main(x: f64[batch, 4, 8], *, g: f64[8], b: f64[8], w: f64[6, 8], c: f64[5], v: f64[8, 5], e: f64[3, 8, 7], r: f64[3, 8]):
+    def main(
+        x: f64[batch, 4, 8],
+        *, g: f64[8], b: f64[8], w: f64[6, 8], c: f64[5], v: f64[8, 5], e: f64[3, 8, 7], r: f64[3, 8]
+    ):
         n = aten.layer_norm.default(x, [8], g, b, 0.1)
         y1 = aten.linear.default(n, w)
         f = aten.view.default(n, [-1, 8])
@@ -97,7 +100,10 @@ LEFT_ALONE = {
         {"return": "a: f64[batch, 8] = aten.add.Tensor(x, n)\n        return", '"z": z': '"z": z, "a": a'},
         "it is read by a (aten.add.Tensor), which is no multiplication with a weight",
     ),
-    "returned": ({'"z": z': '"z": z, "n": n'}, "it is read by output (output), which is no multiplication with a weight"),
+    "returned": (
+        {'"z": z': '"z": z, "n": n'},
+        "it is read by output (output), which is no multiplication with a weight",
+    ),
     "no gain": ({"[8], g,": "[8], None,", "g: f64[8], ": ""}, "its weight is missing, so no gain can be scaled"),
     "computed gain": (
         {"n: f64": "o: f64[8] = aten.add.Tensor(g, 1)\n        n: f64", "[8], g,": "[8], o,"},
@@ -108,28 +114,44 @@ LEFT_ALONE = {
         "its weight 'g' is shared with z",
     ),
     "weight read elsewhere": (
-        {"aten.linear.default(x, t)": "aten.linear.default(x, w)", ", t: f64[8, 8]": "", "z: f64[batch, 8]": "z: f64[batch, 6]"},
+        {
+            "aten.linear.default(x, t)": "aten.linear.default(x, w)",
+            ", t: f64[8, 8]": "",
+            "z: f64[batch, 8]": "z: f64[batch, 6]",
+        },
         "weight 'w' is also read by z",
     ),
     "tied embedding": (
-        {"x: f64[batch, 8]": "x: f64[batch, 8], i: i64[batch]", "aten.linear.default(x, t)": "aten.embedding.default(w, i)", ", t: f64[8, 8]": ""},
+        {
+            "x: f64[batch, 8]": "x: f64[batch, 8], i: i64[batch]",
+            "aten.linear.default(x, t)": "aten.embedding.default(w, i)",
+            ", t: f64[8, 8]": "",
+        },
         "weight 'w' is also read by z",
     ),
     "rows, not columns": (
-        {"y: f64[batch, 6] = aten.linear.default(n, w)": "y: f64[6, 8] = aten.mm.default(w, n)", "w: f64[6, 8]": "w: f64[6, 5]", "batch": "5"},
+        {
+            "y: f64[batch, 6] = aten.linear.default(n, w)": "y: f64[6, 8] = aten.mm.default(w, n)",
+            "w: f64[6, 8]": "w: f64[6, 5]",
+            "batch": "5",
+        },
         "it is read by y (aten.mm.default), which is no multiplication with a weight",
     ),
     "two activations": (
-        {"aten.linear.default(n, w)": "aten.linear.default(n, z)", "y: f64[batch, 6]": "y: f64[batch, batch]",
-         "w: f64[6, 8], ": "", "        z: f64[batch, 8] = aten.linear.default(x, t)\n": "",
-         "        n: f64": "        z: f64[batch, 8] = aten.linear.default(x, t)\n        n: f64"},
+        {
+            "aten.linear.default(n, w)": "aten.linear.default(n, z)",
+            "y: f64[batch, 6]": "y: f64[batch, batch]",
+            "w: f64[6, 8], ": "",
+            "        z: f64[batch, 8] = aten.linear.default(x, t)\n": "",
+            "        n: f64": "        z: f64[batch, 8] = aten.linear.default(x, t)\n        n: f64",
+        },
         "it is read by y (aten.linear.default), which is no multiplication with a weight",
     ),
     "two axes": (
         {"x: f64[batch, 8]": "x: f64[5, 8]", "batch": "5", "[8], g": "[5, 8], g", "g: f64[8]": "g: f64[5, 8]"},
         "it normalises more than one axis",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)

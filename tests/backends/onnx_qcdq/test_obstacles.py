@@ -1,0 +1,123 @@
+"""What cannot be lowered is said first, with the node, its module and the way out, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_programs import Layer, decoder, products, quantized
+
+from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
+from qcompile.errors import LoweringError, QCompileError, RecipeError
+from qcompile.ir.program import Program
+from qcompile.passes.quantize.insert_qdq import InsertQDQ
+
+
+def reasons(program: Program) -> list[str]:
+    return [str(obstacle) for obstacle in OnnxQcdqBackend().obstacles(program)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
+def test_none(name: str) -> None:
+    assert reasons(quantized(decoder(name), "int4 sym group=32", "int8 sym token dynamic")) == []
+
+
+def test_weights_that_are_not_rounded() -> None:
+    program = decoder("llama").clone()
+    InsertQDQ(weights="int4 sym group=32").run(program)
+    found = reasons(program)
+    assert len(found) == 14
+    assert "'model.layers.0.self_attn.q_proj.weight' is not rounded yet" in found[0]
+    assert "(module model.layers.0.self_attn.q_proj)" in found[0]
+    assert "rtn" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("int8 sym token percentile=99.9 dynamic", "observer percentile=99.9 at run time"),
+        ("int8 sym token mse dynamic", "observer mse at run time"),
+        ("int8 sym token scale=pow2 dynamic", "power-of-two scales at run time"),
+    ],
+)
+def test_parameters_chosen_at_run_time(spec: str, says: str) -> None:
+    (found,) = reasons(products({"a": Layer("int8 sym channel", spec)}))
+    assert says in found
+    assert "; use" in found
+
+
+ACTIVATION = """
+def main(x: f32[batch, 8, 16]):
+    p: none = qcompile.choose_qparams.default(x, "{spec}")
+    s: none = operator.getitem(p, 0)
+    q: none = qcompile.quantize.default(x, s, None, "{spec}")
+    y: none = qcompile.dequantize.default(q, s, None, "{spec}")
+    return {{"y": y}}
+"""
+
+
+@pytest.mark.parametrize("spec", ["int8 sym group=4 axis=1 dynamic", "int8 sym block=4x4 dynamic"])
+def test_groups_along_another_axis(spec: str) -> None:
+    found = reasons(Program.parse(ACTIVATION.format(spec=spec).strip()))
+    assert len(found) == 3
+    assert "last axis" in found[1]
+
+
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("f64", "float64")])
+def test_element_types(short: str, name: str) -> None:
+    text = f"def main(x: {short}[batch, 4], *, w: {short}[3, 4]):\n    y: none = aten.linear.default(x, w)\n"
+    found = reasons(Program.parse(text + '    return {"y": y}'))
+    assert len(found) == 2
+    assert f"in {name}; capture the model with dtype=float32" in found[0]
+
+
+def test_operators() -> None:
+    text = "def main(x: f32[4, 4]):\n    y: none = aten.linalg_eigvals.default(x)\n"
+    text += "    z: none = aten.real.default(y)\n" + '    return {"z": z}'
+    found = reasons(Program.parse(text))
+    assert any("aten.linalg_eigvals.default has no ONNX form" in reason for reason in found)
+
+
+def test_nothing_is_written(tmp_path: Path) -> None:
+    program = products({"a": Layer("int8 sym channel", "int8 sym token mse dynamic"), "b": Layer("int4 sym group=16")})
+    with pytest.raises(LoweringError, match=r"onnx_qcdq cannot take a_p \(module .*mse at run time"):
+        OnnxQcdqBackend().lower(program, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"opset": 20}, {"opset": 26}, {"style": "qlinear"}, {"external_data_threshold": -1}])
+def test_options(options: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"; use|opset=21"):
+        OnnxQcdqBackend(**options)  # type: ignore[arg-type]
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoweringError, match="pip install"):
+        OnnxQcdqBackend().obstacles(decoder("llama"))
+
+
+def test_missing_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    (tmp_path / "model.onnx").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(QCompileError, match="pip install onnxruntime"):
+        OnnxQcdqBackend().load(tmp_path)
+
+
+def test_conversion_that_fails_names_the_node(tmp_path: Path) -> None:
+    torch.library.define("qcompile_onnx_test::odd", "(Tensor x) -> Tensor")
+    torch.library.impl("qcompile_onnx_test::odd", "CompositeExplicitAutograd", lambda x: x.clone())
+    torch.library.register_fake("qcompile_onnx_test::odd", torch.empty_like)
+    program = Program.parse(
+        'def main(x: f32[4, 4]):\n    y: none = qcompile_onnx_test.odd.default(x)\n    return {"y": y}'
+    )
+    from qcompile.backends.onnx_qcdq.convert import convert
+    from qcompile.backends.onnx_qcdq.prelower import prelower
+
+    with pytest.raises(LoweringError, match=r"no ONNX form at opset 21: .*odd"):
+        convert(prelower(program), 21)
