@@ -12,6 +12,12 @@ from qcompile.atomic import check_target, staged_directory
 from qcompile.errors import ArtifactError
 
 
+def half_written(directory: Path, error: Exception) -> None:
+    with staged_directory(directory) as staged:
+        (staged / "file").write_text("half")
+        raise error
+
+
 def test_appears_whole(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "a" / "out") as staged:
         (staged / "file").write_text("x")
@@ -28,9 +34,8 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
 
 
 def test_vanishes_on_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), staged_directory(tmp_path / "out") as staged:
-        (staged / "file").write_text("half")
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        half_written(tmp_path / "out", ZeroDivisionError())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -45,12 +50,8 @@ def test_refuses_what_is_not_empty(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ArtifactError, match="the disk is full; free some space"),
-        staged_directory(tmp_path / "out") as staged,
-    ):
-        (staged / "file").write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ArtifactError, match="the disk is full; free some space"):
+        half_written(tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert list(tmp_path.iterdir()) == []
 
 

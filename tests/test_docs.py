@@ -37,7 +37,8 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
     from qcompile.cli.app import app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
-    used = set(re.findall(r"(?:^|`|&& )qcompile ([a-z]+)", page.read_text(), re.MULTILINE))
+    code = "\n".join([*re.findall(r"`([^`\n]+)`", page.read_text()), *blocks(page, "sh"), *blocks(page, "console")])
+    used = set(re.findall(r"(?:^|&& |\$ )qcompile ([a-z]+)", code, re.MULTILINE))
     assert used <= known, used - known
 
 

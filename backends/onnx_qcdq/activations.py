@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from qcompile.backends.onnx_qcdq import ops
 from qcompile.backends.onnx_qcdq.layout import PER_TENSOR, Layout
-from qcompile.backends.onnx_qcdq.recognise import parse_spec, shape_of
+from qcompile.backends.onnx_qcdq.recognise import parse_spec, same, shape_of
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
 from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
@@ -52,7 +52,7 @@ class Parameters:
 
 
 def lower_quantize(rewriter: Rewriter, node: fx.Node, qcdq: bool) -> None:
-    """Replace a quantize call; `qcdq` gives QuantizeLinear the scale wherever it can, and clips codes instead of values."""
+    """Replace a quantize call; `qcdq` gives QuantizeLinear the scale wherever it can, and clips codes, not values."""
     program = rewriter.program
     x, by = program.arg(node, "x"), Parameters.of(program, node)
     layout = _layout(program, x, by, qcdq)
@@ -73,7 +73,7 @@ def lower_quantize(rewriter: Rewriter, node: fx.Node, qcdq: bool) -> None:
 
 
 def steps(rewriter: Rewriter, at: fx.Node, x: fx.Node, by: Parameters) -> fx.Node:
-    """``x / scale`` (rounded, plus zero), clipped to the codes in use: float32, not yet codes, grouped as by `split`."""
+    """``x / scale`` (rounded, plus zero) clipped to the codes in use: float32, not yet codes, grouped as by `split`."""
     x, group = split(rewriter, at, x, by.scale)
     value = rewriter.call(at, aten.div.Tensor, x, spread(rewriter, at, by.scale, group))
     if by.zero is not None:
@@ -151,16 +151,16 @@ def _layout(program: Program, operand: fx.Node, by: Parameters, qcdq: bool) -> L
         return None
     sizes, operand_sizes = shape_of(by.scale), shape_of(operand)
     stored = program.is_weight(by.scale)
-    if all(size == 1 for size in sizes):
+    if all(same(size, 1) for size in sizes):
         return PER_TENSOR if stored or qcdq else None
-    full = [axis for axis, size in enumerate(sizes) if size != 1]
-    if stored and len(full) == 1 and operand_sizes[full[0]] == sizes[full[0]]:
+    full = [axis for axis, size in enumerate(sizes) if not same(size, 1)]
+    if stored and len(full) == 1 and same(operand_sizes[full[0]], sizes[full[0]]):
         return Layout(full[0], 0, (int(sizes[full[0]]),))
     width, scales = operand_sizes[-1], sizes[-1]
     leading = zip(operand_sizes[:-1], sizes[:-1], strict=True)
     if stored or not qcdq or not isinstance(width, int) or not isinstance(scales, int):
         return None
-    return Layout(len(sizes) - 1, width // scales, sizes) if all(a == b for a, b in leading) else None
+    return Layout(len(sizes) - 1, width // scales, sizes) if all(same(a, b) for a, b in leading) else None
 
 
 def linear_parameters(
@@ -168,18 +168,21 @@ def linear_parameters(
 ) -> tuple[fx.Node, fx.Node | None]:
     """Scale (float32) and zero-point for Q and DQ; stored ones under names of their own for each reader."""
     if rewriter.program.is_weight(by.scale):
-        scale = _own(rewriter, at, by.scale, layout)
+        scale = rewriter.as_dtype(at, _own(rewriter, at, by.scale, layout), torch.float32)
         if by.zero is not None:
-            zero = _own(rewriter, at, by.zero, layout)
-        else:
-            key = f"{rewriter.program.key(by.scale)}.zero_point"
-            zero = rewriter.constant(key, torch.zeros(layout.shape, dtype=by.spec.storage))
-        return rewriter.as_dtype(at, scale, torch.float32), zero
-    parts = [by.scale, by.zero]
+            return scale, _own(rewriter, at, by.zero, layout)
+        nought = torch.zeros(layout.shape, dtype=by.spec.storage)
+        return scale, rewriter.constant(f"{rewriter.program.key(by.scale)}.zero_point", nought)
+    scale, zero = by.scale, by.zero
     if layout.per_tensor:
-        parts = [None if part is None else rewriter.call(at, aten.reshape.default, part, []) for part in parts]
-    assert parts[0] is not None
-    return rewriter.as_dtype(at, parts[0], torch.float32), parts[1]
+        scale = _scalar(rewriter, at, scale)
+        zero = None if zero is None else _scalar(rewriter, at, zero)
+    return rewriter.as_dtype(at, scale, torch.float32), zero
+
+
+def _scalar(rewriter: Rewriter, at: fx.Node, value: fx.Node) -> fx.Node:
+    """A computed value of one element with rank 0, the same for all its readers."""
+    return rewriter.shared((value, "scalar"), lambda: rewriter.call(at, aten.reshape.default, value, []))
 
 
 def _own(rewriter: Rewriter, at: fx.Node, parameter: fx.Node, layout: Layout) -> fx.Node:

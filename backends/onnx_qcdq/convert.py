@@ -133,11 +133,9 @@ def _layout(key: str, signed: bool) -> str:
 
 
 def _keep(node: ir.Node) -> bool | None:
-    """Never fold what quantizes, nor the cast of a weight: a scale is stored in the type it has."""
-    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        return False
-    source = node.inputs[0] if node.op_type == "Cast" else None
-    return False if source is not None and isinstance(source.const_value, ir.LazyTensor) else None
+    """Never fold what quantizes or reads a weight: it would be read now, and written as something else."""
+    weights = any(value is not None and isinstance(value.const_value, ir.LazyTensor) for value in node.inputs)
+    return False if weights or node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
 def _simplify(model: ir.Model) -> None:

@@ -39,8 +39,11 @@ class Layout:
 PER_TENSOR = Layout(0, 0, ())
 
 
-def layout_of(shape: Sequence[int], scale_shape: Sequence[int]) -> Layout:
+def layout_of(shape: Sequence[int], scale_shape: Sequence[int], prefer: int | None = None) -> Layout:
     """The layout of a scale of `scale_shape` for a tensor of `shape` (both static, of one rank).
+
+    Of several axes with blocks, `prefer` stays blocked if it is one of them, else that of the largest block: repeating
+    along the others then makes the fewest copies.
 
     >>> layout_of((64, 256), (64, 1))
     Layout(axis=0, block_size=0, shape=(64,), repeats=())
@@ -54,8 +57,7 @@ def layout_of(shape: Sequence[int], scale_shape: Sequence[int]) -> Layout:
         return Layout(full[0], 0, (shape[full[0]],))
     blocks = [n // s for n, s in zip(shape, scale_shape, strict=True)]
     shared = [axis for axis, block in enumerate(blocks) if block > 1]
-    # The axis of the largest block stays blocked: that leaves the fewest copies.
-    kept = max(shared, key=lambda axis: (blocks[axis], axis), default=len(shape) - 1)
+    kept = max(shared, key=lambda axis: (axis == prefer, blocks[axis], axis), default=len(shape) - 1)
     repeats = tuple((axis, blocks[axis]) for axis in shared if axis != kept)
     stored = tuple(s if axis == kept else n for axis, (n, s) in enumerate(zip(shape, scale_shape, strict=True)))
     return Layout(kept, blocks[kept], stored, repeats)

@@ -93,9 +93,10 @@ def _quantized(program: Program, node: fx.Node) -> Iterator[str]:
             key = program.key(operand)
             yield f"the weight {key!r} is not rounded yet ({spec}); run a pass that rounds weights, such as rtn"
         return
-    if node.target is CHOOSE and (reason := qparams.why_not(spec, len(shape_of(operand)))) is not None:
-        yield reason
-    if not program.is_weight(operand) and _grouped_elsewhere(spec, len(shape_of(operand))):
+    if node.target is CHOOSE:
+        if (reason := qparams.why_not(spec, len(shape_of(operand)))) is not None:
+            yield reason
+    elif not program.is_weight(operand) and _grouped_elsewhere(spec, len(shape_of(operand))):
         yield f"{spec}: groups of an activation lie along its last axis only; use token, or group= without axis="
 
 

@@ -29,6 +29,7 @@ from qcompile.backends.onnx_qcdq.recognise import (
     QuantizedWeight,
     match_activation,
     parse_spec,
+    same,
     shape_of,
 )
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
@@ -153,10 +154,10 @@ def _integer_form(rewriter: Rewriter, product: Product, activation: QuantizedAct
         return None
     sizes = shape_of(activation.scale)
     if activation.static:
-        return _static_form(rewriter, product, activation) if all(size == 1 for size in sizes) else None
+        return _static_form(rewriter, product, activation) if all(same(size, 1) for size in sizes) else None
     if _is_dynamic_quantize_linear(activation):
         return _tensor_form(rewriter, product, activation)
-    return _token_form(rewriter, product, activation) if sizes[-1] == 1 else None
+    return _token_form(rewriter, product, activation) if same(sizes[-1], 1) else None
 
 
 def _static_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node:

@@ -13,6 +13,7 @@ from torch import fx
 import qcompile.ops  # noqa: F401  registers torch.ops.qcompile
 from qcompile.backends.onnx_qcdq.layout import Layout, layout_of
 from qcompile.ir.program import Program
+from qcompile.ir.types import dim_expr
 from qcompile.numerics.spec import QuantSpec
 
 aten = torch.ops.aten
@@ -30,8 +31,13 @@ def parse_spec(text: str) -> QuantSpec:
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The node's shape; sizes may be symbolic."""
+    """The node's shape: integers where static, symbolic where not; compare with `same`."""
     return tuple(node.meta["val"].shape)
+
+
+def same(size: Any, other: Any) -> bool:
+    """Whether two sizes are known to be equal; asking a symbolic size itself would record the answer as a condition."""
+    return dim_expr(size) == dim_expr(other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +123,9 @@ class Product:
 
     @property
     def layout(self) -> Layout:
-        """The weight's layout once it lies as [K, N]."""
+        """The weight's layout once it lies as [K, N], blocked along K if it can be: that is what kernels take."""
         shape, scale = self.weight.shape, shape_of(self.weight.scale)
-        return layout_of(shape[::-1], scale[::-1]) if self.out_first else layout_of(shape, scale)
+        return layout_of(shape[::-1], scale[::-1], 0) if self.out_first else layout_of(shape, scale, 0)
 
 
 def match_product(program: Program, node: fx.Node) -> Product | None:

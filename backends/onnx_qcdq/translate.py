@@ -13,7 +13,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     import onnx_ir as ir
     import onnxscript
 
-    op: Any = getattr(onnxscript, f"opset{opset}")
+    op: Any = onnxscript.values.Opset("", opset)
 
     def quantize_linear(x: Any, scale: Any, zero_point: Any, axis: int, block_size: int, signed: bool) -> Any:
         if zero_point is not None:

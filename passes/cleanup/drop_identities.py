@@ -4,9 +4,9 @@
     t = transpose(x, 1, 2); y = transpose(t, 1, 2)  ⟶     x
     y = slice(x, 1, 0, 9223372036854775807)         ⟶     x
 
-Exact: equal values, shape and dtype (of the two zeros, ``x + 0`` kept only the positive one). Where a dropped call made a
-copy, each ``view`` behind it becomes a ``reshape``, up to the next product of matrices: operators hand on the order of
-their operand's elements in memory, and the copy's order is what made the ``view`` possible.
+Exact: equal values, shape and dtype (of the two zeros, ``x + 0`` kept only the positive one). Where a dropped call made
+a copy, each ``view`` behind it becomes a ``reshape``, up to the next product of matrices: operators hand on the order
+of their operand's elements in memory, and the copy's order is what made the ``view`` possible.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DropIdentities(Pass):
                     continue
                 loosened |= behind
                 for view in behind:
-                    if view.target is aten.view.default:
+                    if view.target in _VIEWS:
                         view.target = aten.reshape.default
             program.replace(node, source)
             report.rewrote(node, why)
@@ -210,7 +210,8 @@ def _needs_layout(node: fx.Node) -> bool:
     if not isinstance(node.target, OpOverload) or node.target in _ANY_LAYOUT:
         return False
     name = node.target._schema.name.partition("::")[2]
-    foreign = node.target.namespace not in ("aten", "qcompile") or name.startswith("_")
+    private = name.startswith("_") and not name.startswith("__")  # __and__ and its like are Python's operators
+    foreign = node.target.namespace not in ("aten", "qcompile") or private
     return foreign or "as_" in name or node.target is aten.view.dtype
 
 

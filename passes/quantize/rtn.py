@@ -1,6 +1,6 @@
 """Round weights to nearest and store the codes. Exact: the program computes the same bits as before.
 
-    c = quantize(W, s, z); linear(x, dequantize(c, s, z))  ⟶  linear(x, dequantize(W.codes, W.scale, W.zero_point))
+c = quantize(W, s, z); linear(x, dequantize(c, s, z))  ⟶  linear(x, dequantize(W.codes, W.scale, W.zero_point))
 """
 
 from __future__ import annotations

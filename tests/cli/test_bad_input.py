@@ -50,7 +50,7 @@ def test_corrupt_header(cli: Any, model: Path, tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused(cli: Any, model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    refused(cli, "inspect", model, says="safetensors")
+    refused(cli, "inspect", model, says="pytorch_model.bin, a pickle")
 
 
 def test_unknown_architecture(cli: Any, model: Path) -> None:

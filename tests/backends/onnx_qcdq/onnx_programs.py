@@ -52,7 +52,7 @@ def declare(name: str, key: str, tensor: Tensor) -> str:
 
 
 def products(layers: Mapping[str, Layer], inputs: int = 64, outputs: int = 32, rank: int = 3) -> Program:
-    """``y_<name> = linear(x, W) + b`` for each layer; all read one x, ``[batch, sequence, inputs]`` or ``[batch, inputs]``."""
+    """``y_<name> = linear(x, W) + b`` for each layer; all read one x, ``[batch, sequence, inputs]`` or of rank 2."""
     torch.manual_seed(0)
     weights: dict[str, tuple[str, Tensor]] = {}
     body: list[str] = []
@@ -108,11 +108,12 @@ def _config(name: str) -> Any:
 
     if name == "gpt2":
         return GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=1, n_head=4, n_positions=64)
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4, max_position_embeddings=64)
+    sizes: dict[str, int] = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}
+    sizes["vocab_size"] = VOCABULARY
     if name == "opt":
         return OPTConfig(**sizes, num_hidden_layers=1, ffn_dim=128, word_embed_proj_dim=64, pad_token_id=None)
     if name == "mixtral":
-        sizes |= dict(intermediate_size=64, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         return MixtralConfig(**sizes, num_hidden_layers=1)
     return LlamaConfig(**sizes, intermediate_size=128, num_key_value_heads=2, num_hidden_layers=2)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -14,18 +18,18 @@ from torch import Tensor
 
 from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
 from qcompile.backends.onnx_qcdq.runtime import OnnxRunner
-from qcompile.generate import generate
+from qcompile.generate import ProgramStepper, generate
 from qcompile.ir.run import fill
 
 Make = Callable[[str, str, str | None], Lowered]
 INT4, INT8 = "int4 sym group=32", "int8 sym channel"
 
 
-def steps(program: object, run: Callable[[dict[str, Tensor]], dict[str, Tensor]], ids: Tensor, cuts: list[int]) -> Tensor:
+def steps(run: Callable[[dict[str, Tensor]], dict[str, Tensor]], ids: Tensor, cuts: list[int]) -> Tensor:
     """Logits of a prompt taken in pieces, the cache passed on."""
     past: dict[str, Tensor] = {}
     logits = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         outputs = run({"input_ids": ids[:, start:end], **past})
         past = {k.replace("present_", "past_key_values_"): v for k, v in outputs.items() if k.startswith("present")}
         logits.append(outputs["logits"])
@@ -34,8 +38,13 @@ def steps(program: object, run: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @pytest.mark.parametrize(
     ("name", "weights", "activations"),
-    [("llama", INT4, None), ("gpt2", INT8, "int8 asym tensor static"), ("opt", INT8, "int8 sym token dynamic")]
-    + [("mixtral", INT4, None), ("mixtral", INT8, None)],
+    [
+        ("llama", INT4, None),
+        ("gpt2", INT8, "int8 asym tensor static"),
+        ("opt", INT8, "int8 sym token dynamic"),
+        ("mixtral", INT4, None),
+        ("mixtral", INT8, None),
+    ],
 )
 def test_agrees_in_pieces(name: str, weights: str, activations: str | None, lowered: Make) -> None:
     made = lowered(name, weights, activations)
@@ -43,8 +52,8 @@ def test_agrees_in_pieces(name: str, weights: str, activations: str | None, lowe
     tolerance = 1e-5 if activations is None else 0.05
     expected = made.program(ids)
     for cuts in ([0, 9], [0, 5, 9], [0, 1, 2, 9]):
-        assert error(steps(made.program, runner, ids, cuts), expected) < tolerance
-        ours = steps(made.program, lambda feeds: made.program.run(fill(made.program, feeds)), ids, cuts)
+        assert error(steps(runner, ids, cuts), expected) < tolerance
+        ours = steps(lambda feeds: made.program.run(fill(made.program, feeds)), ids, cuts)
         assert error(ours, expected) < tolerance
     assert error(runner.logits(ids[:1, :1]), made.program(ids[:1, :1])) < tolerance
     for key, codes in OnnxQcdqBackend().stored_codes(made.directory):
@@ -56,13 +65,7 @@ def test_generates_the_same_tokens(lowered: Make) -> None:
     runner = OnnxRunner(made.directory)
     ids = prompt(length=4)
     assert runner.max_positions == 64
-    assert torch.equal(runner.generate(ids, 12), generate_by_program(made, ids))
-
-
-def generate_by_program(made: Lowered, ids: Tensor) -> Tensor:
-    from qcompile.generate import as_stepper
-
-    return generate(as_stepper(made.program), ids, 12)
+    assert torch.equal(runner.generate(ids, 12), generate(ProgramStepper(made.program), ids, 12))
 
 
 def test_padded_prompts(lowered: Make) -> None:
@@ -147,11 +150,7 @@ def test_first_difference_names_the_node(lowered: Make) -> None:
     assert len(list(made.directory.iterdir())) == 3
 
 
-def test_one_weight_is_in_memory_at_a_time(lowered: Make, tmp_path: object) -> None:
-    import gc
-    import weakref
-    from pathlib import Path
-
+def test_one_weight_is_in_memory_at_a_time(lowered: Make, tmp_path: Path) -> None:
     program = lowered("llama", INT4, None).program.clone()
     alive: list[weakref.ref[Tensor]] = []
     most = 0
@@ -167,7 +166,6 @@ def test_one_weight_is_in_memory_at_a_time(lowered: Make, tmp_path: object) -> N
     for key in list(program.weights):
         if key.endswith((".codes", "embed_tokens.weight", "lm_head.weight")):
             program.weights.edit(key, watch)
-    assert isinstance(tmp_path, Path)
     OnnxQcdqBackend().lower(program, tmp_path)
     assert len(alive) == 16
     assert most <= 1

@@ -10,7 +10,13 @@ from qcompile.backends.onnx_qcdq.layout import layout_of
 from qcompile.numerics.quantize import dequantize
 from qcompile.numerics.spec import QuantSpec
 
-SPECS = ["int8 sym tensor", "int8 sym channel", "int8 sym channel axis=1", "int4 sym group=8", "int4 sym group=4 axis=0"]
+SPECS = [
+    "int8 sym tensor",
+    "int8 sym channel",
+    "int8 sym channel axis=1",
+    "int4 sym group=8",
+    "int4 sym group=4 axis=0",
+]
 SPECS += ["int4 asym group=24", "int4 asym block=4x8", "int4 asym block=6x1", "uint8 asym channel axis=0,1"]
 
 
@@ -29,6 +35,7 @@ def test_blocks_of_two_axes_repeat_the_fewest_scales() -> None:
     layout = layout_of((128, 256), (2, 4))
     assert (layout.axis, layout.block_size, layout.shape) == (1, 64, (128, 4))
     assert (layout_of((64, 256), (2, 2)).axis, layout_of((256, 64), (2, 2)).axis) == (1, 0)
+    assert layout_of((64, 256), (2, 2), prefer=0).axis == 0
 
 
 def test_rows_of_a_stack() -> None:

@@ -61,6 +61,7 @@ def main(x: f32[batch, 8, 16]):
 def test_groups_along_another_axis(spec: str) -> None:
     found = reasons(Program.parse(ACTIVATION.format(spec=spec).strip()))
     assert len(found) == 3
+    assert "; use" in found[0] or "; drop" in found[0]
     assert "last axis" in found[1]
 
 
@@ -73,10 +74,9 @@ def test_element_types(short: str, name: str) -> None:
 
 
 def test_operators() -> None:
-    text = "def main(x: f32[4, 4]):\n    y: none = aten.linalg_eigvals.default(x)\n"
-    text += "    z: none = aten.real.default(y)\n" + '    return {"z": z}'
-    found = reasons(Program.parse(text))
-    assert any("aten.linalg_eigvals.default has no ONNX form" in reason for reason in found)
+    text = 'def main(x: f32[4, 4]):\n    y: none = aten.cholesky.default(x)\n    return {"y": y}'
+    (found,) = reasons(Program.parse(text))
+    assert "y (module top): aten.cholesky.default has no ONNX form" in found
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:
@@ -86,7 +86,9 @@ def test_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"opset": 20}, {"opset": 26}, {"style": "qlinear"}, {"external_data_threshold": -1}])
+@pytest.mark.parametrize(
+    "options", [{"opset": 20}, {"opset": 26}, {"style": "qlinear"}, {"external_data_threshold": -1}]
+)
 def test_options(options: dict[str, object]) -> None:
     with pytest.raises(RecipeError, match=r"; use|opset=21"):
         OnnxQcdqBackend(**options)  # type: ignore[arg-type]

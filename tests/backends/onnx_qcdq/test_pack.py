@@ -38,7 +38,9 @@ def test_onnx_reads_what_was_packed(bits: int, signed: bool, tmp_path: Path) -> 
     codes = torch.arange(-128, 127, dtype=torch.int16).to(torch.int8).reshape(5, 51)
     low = -(1 << (bits - 1)) if signed else 0
     codes = ((codes.int() % (1 << bits)) + low).to(torch.int8 if signed else torch.uint8)
-    value = ir.Value(name="w", shape=ir.Shape([5, 51]), type=ir.TensorType(kind), const_value=lazy("w", lambda: codes, kind, (5, 51)))
+    value = ir.Value(
+        name="w", shape=ir.Shape([5, 51]), type=ir.TensorType(kind), const_value=lazy("w", lambda: codes, kind, (5, 51))
+    )
     graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 25}, name="g")
     ir.save(ir.Model(graph, ir_version=13), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
     (initializer,) = onnx.load(tmp_path / "m.onnx").graph.initializer

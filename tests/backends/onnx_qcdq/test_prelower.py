@@ -98,7 +98,9 @@ def test_readers_of_one_activation_share_its_division_but_no_quantize() -> None:
 
 
 def test_a_matrix_with_bias_gets_an_axis_in_front() -> None:
-    program = products({"a": Layer("int8 sym channel", "int8 sym tensor static"), "b": Layer("int4 sym group=32")}, rank=2)
+    program = products(
+        {"a": Layer("int8 sym channel", "int8 sym tensor static"), "b": Layer("int4 sym group=32")}, rank=2
+    )
     rewritten = prelower(program).program
     assert [len(node.args[0].meta["val"].shape) for node in rewritten.calls(ops.MATMUL)] == [3, 3]
     x = torch.randn(4, 64)
@@ -115,7 +117,9 @@ def main(ids: i64[batch, sequence], *, c: {kind}[10, 8] = "t.codes", s: f32[10, 
 """
 
 
-@pytest.mark.parametrize(("spec", "kind"), [("int4 sym group=4", "i8"), ("uint4 sym group=4", "u8"), ("int8 sym group=4", "i8")])
+@pytest.mark.parametrize(
+    ("spec", "kind"), [("int4 sym group=4", "i8"), ("uint4 sym group=4", "u8"), ("int8 sym group=4", "i8")]
+)
 def test_rows_are_gathered_before_they_are_dequantized(spec: str, kind: str) -> None:
     low, high = (0, 16) if kind == "u8" else (-8, 8)
     weights = {"t.codes": torch.randint(low, high, (10, 8)).to(torch.uint8 if kind == "u8" else torch.int8)}

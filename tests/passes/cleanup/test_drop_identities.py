@@ -142,6 +142,21 @@ def test_layouts_show_through_elementwise_operators_but_not_through_products(gol
     )
 
 
+@pytest.mark.parametrize("view", ["view", "_unsafe_view"])
+def test_a_dropped_copy_of_an_expanded_tensor(view: str) -> None:
+    program = Program.parse(f"""\
+def main(x: f32[b, 1, 3, 4]):
+    e: f32[b, 2, 3, 4] = aten.expand.default(x, [-1, 2, -1, -1])
+    c: f32[b, 2, 3, 4] = aten.clone.default(e, memory_format=torch.contiguous_format)
+    v: f32[b, 6, 4] = aten.{view}.default(c, [-1, 6, 4])
+    return {{"v": v}}""")
+    x = torch.randn(2, 1, 3, 4)
+    expected = program(x)
+    PassManager([DropIdentities()]).run(program)
+    assert [str(n.target) for n in program.nodes] == ["aten.expand.default", "aten.reshape.default"]
+    assert torch.equal(program(x), expected)
+
+
 @pytest.mark.parametrize("reader", ["aten.view_as_complex.default(s)", "aten.view.dtype(s, torch.int32)"])
 def test_a_copy_stays_where_bits_are_viewed(reader: str, left_alone: Callable[..., Any]) -> None:
     text = f"""\
@@ -156,6 +171,21 @@ def test_a_copy_stays_where_bits_are_viewed(reader: str, left_alone: Callable[..
     assert left_alone(DropIdentities(), before) == [
         "a copy of its operand, but y needs the memory layout that it makes"
     ]
+
+
+def test_pythons_operators_take_any_layout(golden: Callable[..., Any]) -> None:
+    golden(
+        DropIdentities(),
+        """\
+        def main(x: i64[4, n]):
+            a: i64[4, n] = aten.add.Tensor(x, 0)
+            y: i64[4, n] = aten.__and__.Tensor(a, x)
+            return {"y": y}""",
+        """\
+        def main(x: i64[4, n]):
+            y: i64[4, n] = aten.__and__.Tensor(x, x)
+            return {"y": y}""",
+    )
 
 
 def test_an_input_is_not_returned_bare(left_alone: Callable[..., Any]) -> None:

@@ -61,7 +61,9 @@ def test_scales_are_those_of_the_float_program(spec: str) -> None:
 def test_golden() -> None:
     program, report = calibrated("int8 asym tensor static")
     PassManager([RTN()]).run(program)
-    assert str(program) == """\
+    assert (
+        str(program)
+        == """\
 def main(
     input_ids: i64[batch, sequence],
     *,
@@ -87,7 +89,8 @@ def main(
     dequantize_3: f32[batch, sequence, 8] = qcompile.dequantize.default(quantize_3, b_input_scale, b_input_zero_point, "int8 asym tensor static")  # b
     z: f32[batch, sequence, 8] = aten.linear.default(dequantize_3, dequantize_1)  # b
     o: f32[batch, sequence, 16] = aten.linear.default(z, h)  # head
-    return {"logits": o}"""  # noqa: E501  one call, one line
+    return {"logits": o}"""
+    )  # noqa: E501  one call, one line
     ranges = report.measured["b.input"]
     assert ranges["low"] == 0.0  # behind a relu
     assert ranges["high"] > 0.0
