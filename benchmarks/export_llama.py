@@ -148,8 +148,8 @@ def main() -> None:
         },
     ]
     notes = (
-        f"Llama shape: {SHAPE}, {options.layers} layers, vocabulary {VOCABULARY}, float16 shards. Quantized layers take "
-        f"{figures['bits']:.3f} bits per weight as measured from the files (target 4.6). Targets: peak RSS at most the "
+        f"Llama shape: {SHAPE}, {options.layers} layers, vocabulary {VOCABULARY}, float16 shards. Quantized layers: "
+        f"{figures['bits']:.3f} bits a weight as measured from the files (target 4.6). Targets: peak RSS at most the "
         f"artifact + 1.5 GB; time at most 1.5×. max |Δlogit| / max |logit| in onnxruntime: {figures['agreement']:.1e}. "
         "Peak RSS is of the whole process, with the runs in onnxruntime and torch."
     )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qcompile.backends.onnx_qcdq.backend import OnnxQcdqBackend
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+FLOAT_COPY = " (float copy)"
+"""Ends the name of a weight that something reads as it was, beside its codes."""
 _PARTS = (".codes", ".scale", ".zero_point", ".sums")
 
 
@@ -62,21 +64,17 @@ def _stored_tensors(model: ir.Model, program: Program) -> tuple[StoredTensor, ..
     from qcompile.backends.onnx_qcdq.rewriting import base_key
 
     activation = {program.key(part) for part in activation_parameters(program)}
-    found: dict[str, list[ir.TensorProtocol]] = {}
+    kinds: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, int] = {}
     for key, value in model.graph.initializers.items():
         base, tensor = base_key(key), value.const_value
         if tensor is None or base in activation:
             continue
-        found.setdefault(_weight_name(base, program), []).append(tensor)
-    stored = []
-    for name, tensors in found.items():
-        largest = max(tensors, key=lambda tensor: tensor.nbytes)
-        key = f"{name}.codes" if f"{name}.codes" in program.weights else name
-        if key not in program.weights:
-            continue
-        shape, _ = program.weights.meta(key)
-        stored.append(StoredTensor(name, _container(largest.dtype), math.prod(shape), sum(t.nbytes for t in tensors)))
-    return tuple(stored)
+        name = _weight_name(base, program)
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+        if base in program.weights and (base.endswith(".codes") or not base.endswith(_PARTS)):
+            kinds[name] = (_container(tensor.dtype), math.prod(program.weights.meta(base)[0]))
+    return tuple(StoredTensor(name, *kind, sizes[name]) for name, kind in kinds.items())
 
 
 def _container(dtype: ir.DataType) -> str:
@@ -85,8 +83,8 @@ def _container(dtype: ir.DataType) -> str:
 
 
 def _weight_name(key: str, program: Program) -> str:
-    """The weight that stored codes, scales and zero-points belong to; any other key as it is."""
+    """The weight that codes, scales and zero-points belong to; a weight that is stored as codes too says so."""
     for part in _PARTS:
         if key.endswith(part) and f"{key.removesuffix(part)}.codes" in program.weights:
             return key.removesuffix(part)
-    return key
+    return f"{key}{FLOAT_COPY}" if f"{key}.codes" in program.weights else key

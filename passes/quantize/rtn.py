@@ -1,6 +1,8 @@
 """Round weights to nearest and store the codes. Exact: the program computes the same bits as before.
 
-c = quantize(W, s, z); linear(x, dequantize(c, s, z))  ⟶  linear(x, dequantize(W.codes, W.scale, W.zero_point))
+    c = quantize(W, s, z); linear(x, dequantize(c, s, z))  ⟶  linear(x, dequantize(W.codes, W.scale, W.zero_point))
+
+One weight is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from qcompile.passes.quantize.sites import store_codes, weight_qdq
 @register
 @dataclass(frozen=True)
 class RTN(Pass):
-    """Round to nearest every weight that `insert-qdq` marked, one in memory at a time."""
+    """Round to nearest every weight that `insert-qdq` marked."""
 
     name: ClassVar[str] = "rtn"
     rounds_weights: ClassVar[bool] = True

@@ -19,7 +19,9 @@ from torch import Tensor
 from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
 from qcompile.backends.onnx_qcdq.runtime import OnnxRunner
 from qcompile.generate import ProgramStepper, generate
+from qcompile.ir.program import Program
 from qcompile.ir.run import fill
+from qcompile.numerics.spec import QuantSpec
 
 Make = Callable[[str, str, str | None], Lowered]
 INT4, INT8 = "int4 sym group=32", "int8 sym channel"
@@ -169,3 +171,23 @@ def test_one_weight_is_in_memory_at_a_time(lowered: Make, tmp_path: Path) -> Non
     OnnxQcdqBackend().lower(program, tmp_path)
     assert len(alive) == 16
     assert most <= 1
+
+
+def test_a_table_that_stays_float_for_another_reader_is_counted_apart(tmp_path: Path) -> None:
+    table = torch.randn(32, 16)
+    made = QuantSpec.parse("int8 sym channel").quantize(table)
+    text = """
+def main(ids: i64[batch, sequence], *, w: f32[32, 16] = "t", c: i8[32, 16] = "t.codes", s: f32[32, 1] = "t.scale"):
+    x: none = aten.embedding.default(w, ids)
+    d: none = qcompile.dequantize.default(c, s, None, "int8 sym channel")
+    y: none = aten.linear.default(x, d)
+    return {"y": y}
+"""
+    program = Program.parse(text.strip(), {"t": table, "t.codes": made.codes, "t.scale": made.scale})
+    files = OnnxQcdqBackend().lower(program, tmp_path)
+    assert {t.name: (t.container, t.bits_per_element) for t in files.tensors} == {
+        "t (float copy)": ("float32", 32.0),
+        "t": ("int8", 10.0),
+    }
+    feeds = {"ids": torch.tensor([[0, 31]])}
+    assert error(OnnxRunner(tmp_path).run(feeds)["y"], program.run(feeds)["y"]) < 1e-6

@@ -90,7 +90,7 @@ def main(
     z: f32[batch, sequence, 8] = aten.linear.default(dequantize_3, dequantize_1)  # b
     o: f32[batch, sequence, 16] = aten.linear.default(z, h)  # head
     return {"logits": o}"""
-    )  # noqa: E501  one call, one line
+    )
     ranges = report.measured["b.input"]
     assert ranges["low"] == 0.0  # behind a relu
     assert ranges["high"] > 0.0

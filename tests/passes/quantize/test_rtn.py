@@ -56,7 +56,7 @@ def test_golden(golden: Golden) -> None:
             d2: f32[2, 4] = qcompile.dequantize.default(v_weight_codes, v_weight_scale, v_weight_zero_point, "uint8 asym channel")  # b
             z: f32[n, 2] = aten.linear.default(y, d2)  # b
             return {"z": z}
-        """,  # noqa: E501  one call, one line
+        """,
     )
     assert {e.where: e.what for e in report.rewritten} == {"w": "int4 sym group=4", "v.weight": "uint8 asym channel"}
     assert report.measured["w"]["bits_per_weight"] == 4 + 32 / 4
