@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would take as long to import as all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -59,7 +60,10 @@ def export(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compile a model and export it; it is run in its own runtime and compared before it is called done."""
+    """Compile and export a model; run the result and compare it.
+
+    Nothing is put in place before it ran in its own runtime and agreed with the program.
+    """
     from qcompile.cli.export import run
 
     run(model, target, recipe, out, settings or [], option or [], data, evaluate, json)
@@ -82,7 +86,7 @@ def evaluate_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, and KL and top-1 agreement against the original."""
+    """Measure perplexity, and KL and agreement with the original."""
     from qcompile.cli.evaluate import run
 
     run(model, against, data, limit, length, documents, json)
@@ -94,7 +98,10 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check an artifact: files by hash, weights by their codes, logits in its runtime."""
+    """Check an artifact's files, codes and logits.
+
+    Files by their hashes, weights by their codes, logits in the artifact's runtime.
+    """
     from qcompile.cli.verify import run
 
     run(directory, json)
@@ -124,7 +131,10 @@ def plan(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a recipe would do to each layer, and why, before anything is computed."""
+    """Show what a recipe would give each layer, and why.
+
+    Nothing is computed and no weight is read.
+    """
     from qcompile.cli.plan import run
 
     run(model, recipe, settings or [], target, json)
@@ -159,7 +169,7 @@ def bisect(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the first pass of a pipeline that changes what a program computes."""
+    """Find the first pass that changes what a program computes."""
     from qcompile.cli.opt import run_bisect
 
     run_bisect(program, passes, tolerance, data, json)
