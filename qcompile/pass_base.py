@@ -236,8 +236,8 @@ def _flow(value: Any) -> str:
 
 @functools.cache
 def _flow_dumper() -> Any:
-    """Writes text that is not one plain word in double quotes: a comma, bracket, apostrophe or line break in it then
-    means nothing to `split_top`."""
+    """Writes text with a quote, parenthesis, backslash or line break in it in double quotes; other text YAML itself
+    quotes where it must. So nothing inside means anything to `split_top`."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -245,7 +245,7 @@ def _flow_dumper() -> Any:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        plain = re.fullmatch(r"[\w.*/+-]+", value, re.ASCII)
+        plain = re.fullmatch(r"[ !#-&*-\[\]-~]+", value)  # printable ASCII but ' ( ) " and the backslash
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
     Dumper.add_representer(str, text)

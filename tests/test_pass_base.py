@@ -113,6 +113,12 @@ def test_defaults_are_not_printed() -> None:
     assert str(Everything(count=4, on=False)) == "test-everything(count=4, on=false)"
 
 
+def test_text_is_quoted_only_where_it_must_be() -> None:
+    shown = {"int4 sym group=32": "int4 sym group=32", "a,b": "'a,b'", "it's": '"it\'s"', "null": "'null'", "(": '"("'}
+    for text, printed in shown.items():
+        assert str(Everything(label=text)) == f"test-everything(label={printed})"
+
+
 @pytest.mark.parametrize("spelling", ["test-everything", "test-everything()", "  test-everything ( ) "])
 def test_spellings(spelling: str) -> None:
     assert parse_pass(spelling) == Everything()
