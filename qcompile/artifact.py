@@ -138,7 +138,7 @@ def export_program(
     refuse(backend, backend.obstacles(program))
     with staged_directory(directory) as staged:
         lowered = backend.lower(program, staged)
-        _copy_tokenizer(program, staged)
+        copy_tokenizer(program, staged)
         reference = _reference(program, staged)
         agreement = _agreement(program, backend, staged, reference)
         manifest = _manifest(
@@ -318,7 +318,8 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
 
 
-def _copy_tokenizer(program: Program, directory: Path) -> None:
+def copy_tokenizer(program: Program, directory: Path) -> None:
+    """Copy what a text interface needs from the directory that the program was captured from, where there is one."""
     source = program.info.get("tokenizer")
     for name in _TOKENIZER_FILES if source else ():
         if (path := Path(str(source)) / name).is_file():

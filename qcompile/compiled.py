@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 import qcompile
 from qcompile.artifact import (
     Artifact,
+    copy_tokenizer,
     export_program,
     float32_bytes,
     input_entries,
@@ -73,7 +73,7 @@ class CompiledModel:
             save_program(self.program, staged)
             (staged / "recipe.yaml").write_text(str(self.recipe))
             self.report.write(staged / "report.json")
-            _copy_tokenizer(self.program, staged)
+            copy_tokenizer(self.program, staged)
             self._manifest(staged).write(staged)
 
     def export(self, target: str, directory: str | Path, options: Mapping[str, Any] | None = None) -> Artifact:
@@ -134,9 +134,3 @@ def load(directory: str | Path) -> CompiledModel:
     manifest.check_files(directory)
     program = load_program(Path(directory))
     return CompiledModel(program, Recipe.load(manifest.recipe), CompileReport.read(Path(directory) / "report.json"))
-
-
-def _copy_tokenizer(program: Program, directory: Path) -> None:
-    source = program.info.get("tokenizer")
-    if source and (path := Path(str(source)) / "tokenizer.json").is_file():
-        shutil.copyfile(path, directory / "tokenizer.json")

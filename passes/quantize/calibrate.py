@@ -20,6 +20,7 @@ from qcompile.ir.run import fill, run
 from qcompile.numerics.observers import Observer
 from qcompile.pass_base import CalibratedPass, Report, register
 from qcompile.passes.quantize.sites import QDQ, find_qdq, free_key, replace_by_weight
+from qcompile.progress import track
 
 
 @register
@@ -66,7 +67,7 @@ def _watch(program: Program, batches: Iterable[Tensor], places: list[QDQ], obser
     for place in places:
         watched.setdefault(place.source.name, []).append(place)
     tokens = 0
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(track(batches, "calibrating")):
 
         def observe(node: fx.Node, value: Any, index: int = index) -> None:
             for place in watched.get(node.name, ()):

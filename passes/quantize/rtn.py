@@ -14,6 +14,7 @@ from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import quantize_tensor
 from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.quantize.sites import store_codes, weight_qdq
+from qcompile.progress import track
 
 
 @register
@@ -26,7 +27,7 @@ class RTN(Pass):
 
     def run(self, program: Program) -> Report:
         report = Report()
-        for place in weight_qdq(program):
+        for place in track(weight_qdq(program), "rounding weights"):
             report.rewrote(program.key(place.source), str(place.spec))
             weight = program.weight(place.source)
             store_codes(program, place, weight, quantize_tensor(weight, place.spec), report)

@@ -10,7 +10,7 @@ import yaml
 from qcompile.artifact import Artifact
 from qcompile.atomic import check_target
 from qcompile.backend_base import make_backend
-from qcompile.cli.show import console, print_json, size, status
+from qcompile.cli.show import console, print_json, size, status, working
 from qcompile.cli.subject import model_path
 from qcompile.compiled import CompiledModel
 from qcompile.data import load_passages
@@ -41,8 +41,8 @@ def run(
     check_target(out.absolute())
     status(f"capturing and compiling {path} with recipe {recipe}")
     compiled = compile_model(path, chosen, data)
-    status(f"lowering to {target}, running and comparing")
-    artifact = compiled.export(target, out, made)
+    with working(f"lowering to {target}, running and comparing"):
+        artifact = compiled.export(target, out, made)
     figures = _evaluate(compiled, artifact, data) if measure else None
     if as_json:
         print_json(

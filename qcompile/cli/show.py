@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -32,3 +34,17 @@ def size(count: float) -> str:
 def status(text: str) -> None:
     """A line on standard error that says what is being done."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say what is being done for as long as the block takes: a spinner on a terminal, a line elsewhere.
+
+    For work that shows no bar of its own: only one display can be live.
+    """
+    if not sys.stderr.isatty():
+        status(text)
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield

@@ -122,7 +122,7 @@ def test_opt_dumps_between_passes(cli: Any, program: Path, tmp_path: Path) -> No
 def test_bisect_names_the_culprit(cli: Any, program: Path) -> None:
     pipeline = "dead-code, insert-qdq(weights=int2 sym group=4), rtn"
     data = json.loads(cli("bisect", program, "-p", pipeline, "--json").out)
-    assert (data["index"], data["culprit"]) == (1, 'insert-qdq(weights="int2 sym group=4")')
+    assert (data["index"], data["culprit"]) == (1, "insert-qdq(weights=int2 sym group=4)")
     assert "no pass moves" in cli("bisect", program, "-p", "dead-code").out
 
 
