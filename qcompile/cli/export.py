@@ -84,8 +84,8 @@ def _print(compiled: CompiledModel, artifact: Artifact, figures: Evaluation | No
     out.print(compiled.report.table())
     for pass_name, entry in compiled.report.skipped():
         out.print(f"left alone by {pass_name}: {entry.where}: {entry.what}")
-    table = Table(title=str(artifact.directory), show_header=False, title_justify="left")
-    table.add_row("artifact", str(artifact.main))
+    table = Table(title="artifact", show_header=False, title_justify="left")
+    table.add_row("artifact", str(_near(artifact.main)))
     table.add_row("size", f"{size(manifest.bytes)}; weights as float32 {size(manifest.float32_bytes)}")
     table.add_row(
         "bits per weight", f"{manifest.bits_per_weight:.2f}; quantized layers {manifest.quantized_bits_per_weight:.2f}"
@@ -95,9 +95,14 @@ def _print(compiled: CompiledModel, artifact: Artifact, figures: Evaluation | No
         table.add_row(
             "KL to the original", f"{figures.kl} nats per token; same likeliest token {figures.top1.mean:.1%}"
         )
-        table.add_row("measured on", f"{figures.tokens:,} tokens, {figures.data}, in {artifact.backend.runtime}")
+        table.add_row("measured on", f"{figures.data}, in {artifact.backend.runtime}")
     if (agreement := manifest.agreement) is not None:
         same = f"max |Δlogit| / max |logit| = {agreement.max_relative_error:.1e} (tolerance {agreement.tolerance:.0e})"
         table.add_row(f"{agreement.runtime} agrees", f"{same}; same top token {agreement.top1:.1%}")
-    table.add_row("next", f"qcompile run {artifact.directory} --prompt '…'")
+    table.add_row("next", f"qcompile run {_near(artifact.directory)} --prompt '…'")
     out.print(table)
+
+
+def _near(path: Path) -> Path:
+    """Relative to where the user is, if it is below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
