@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096, choices=WIDTHS)
     parser.add_argument("--json", action="store_true", help="print plain data")
+    parser.add_argument("--write", action="store_true", help="put the table into results/")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), arguments.layers, arguments.width)
@@ -137,19 +138,21 @@ def _row(what: str, start: tuple[float, float]) -> Measured:
 
 
 def show(rows: list[Measured], size: int, largest: int, layers: int, width: int) -> None:
-    """Print the rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print the rows as a table, and with ``--write`` put it into results/."""
+    from common import publish
 
-    title = f"Llama, {layers} layers of width {width}: {size / 1e9:.1f} GB, largest weight {largest / 1e6:.0f} MB"
-    table = Table(title=title, title_justify="left")
-    for name in ("step", "seconds", "CPU seconds", "resident MB", "peak MB"):
-        table.add_column(name, justify="left" if name == "step" else "right")
-    for row in rows:
-        table.add_row(
-            row.what, f"{row.seconds:.1f}", f"{row.cpu_seconds:.1f}", f"{row.resident_mb:.0f}", f"{row.peak_mb:.0f}"
-        )
-    Console().print(table)
+    shown: list[dict[str, object]] = [
+        {
+            "step": row.what,
+            "seconds": f"{row.seconds:.1f}",
+            "CPU seconds": f"{row.cpu_seconds:.1f}",
+            "resident MB": f"{row.resident_mb:.0f}",
+            "peak MB": f"{row.peak_mb:.0f}",
+        }
+        for row in rows
+    ]
+    shape = f"Llama, {layers} layers of width {width}: {size / 1e9:.1f} GB, largest weight {largest / 1e6:.0f} MB."
+    publish("capture", "Capture from a checkpoint", shown, f"{shape} Target: about 10 s and under 1 GB.")
 
 
 if __name__ == "__main__":
