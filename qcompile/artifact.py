@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -275,8 +275,8 @@ def _manifest(
         inputs=input_entries(program),
         outputs=list(program.output_names),
         tensors=tensors,
-        bits_per_weight=_bits(tensors.values()),
-        quantized_bits_per_weight=_bits([t for t in tensors.values() if t.spec]),
+        bits_per_weight=mean_bits(tensors.values()),
+        quantized_bits_per_weight=mean_bits([t for t in tensors.values() if t.spec]),
         bytes=sum(f.bytes for n, f in files.items() if n != REFERENCE),
         float32_bytes=float32_bytes(source),
         agreement=agreement,
@@ -285,7 +285,8 @@ def _manifest(
     )
 
 
-def _bits(tensors: Any) -> float:
+def mean_bits(tensors: Iterable[TensorEntry]) -> float:
+    """Bits per element over all of `tensors`, scales and zero-points included."""
     tensors = list(tensors)
     elements = sum(t.elements for t in tensors)
     return round(8 * sum(t.bytes for t in tensors) / elements, 4) if elements else 0.0

@@ -18,6 +18,7 @@ from qcompile.artifact import (
     float32_bytes,
     input_entries,
     library_versions,
+    mean_bits,
     quantized_weights,
 )
 from qcompile.atomic import staged_directory
@@ -25,9 +26,12 @@ from qcompile.backend_base import make_backend
 from qcompile.errors import ArtifactError
 from qcompile.generate import ProgramStepper, generate, held_weights
 from qcompile.ir.program import Program
+from qcompile.ir.types import SHORT
 from qcompile.manifest import Manifest, TensorEntry, describe_files
 from qcompile.recipe import Recipe
 from qcompile.report import CompileReport
+
+_PARTS = ("codes", "scale", "zero_point")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +90,7 @@ class CompiledModel:
         return export_program(self.program, directory, backend, recipe, self.report.sqnr(), self.reference)
 
     def _manifest(self, directory: Path) -> Manifest:
-        specs, sqnr = quantized_weights(self.program), self.report.sqnr()
-        tensors = {}
-        for name, spec in specs.items():
-            parts = [k for k in (f"{name}.codes", f"{name}.scale", f"{name}.zero_point") if k in self.program.weights]
-            elements = int(torch.Size(self.program.weights.meta(parts[0])[0]).numel())
-            size = sum(self.program.weights.nbytes(k) for k in parts)
-            tensors[name] = TensorEntry(
-                container="int8",
-                elements=elements,
-                bytes=size,
-                bits_per_element=round(8 * size / elements, 4),
-                spec=spec,
-                sqnr_db=sqnr.get(name),
-            )
+        tensors = self._tensors()
         files = describe_files(directory)
         return Manifest(
             qcompile=qcompile.__version__,
@@ -111,12 +102,31 @@ class CompiledModel:
             inputs=input_entries(self.program),
             outputs=list(self.program.output_names),
             tensors=tensors,
-            bits_per_weight=0.0,
-            quantized_bits_per_weight=None,
+            bits_per_weight=mean_bits(tensors.values()),
+            quantized_bits_per_weight=mean_bits(t for t in tensors.values() if t.spec),
             bytes=sum(f.bytes for f in files.values()),
             float32_bytes=float32_bytes(self.reference or self.program),
             files=files,
         )
+
+    def _tensors(self) -> dict[str, TensorEntry]:
+        """Every weight as it is saved: codes lie one a byte, their scales and zero-points counted with them."""
+        specs, sqnr, store = quantized_weights(self.program), self.report.sqnr(), self.program.weights
+        parts = {name: [k for k in (f"{name}.{p}" for p in _PARTS) if k in store] for name in specs}
+        taken = {key for keys in parts.values() for key in keys}
+        tensors = {}
+        for name, keys in [*parts.items(), *((key, [key]) for key in store if key not in taken)]:
+            shape, dtype = store.meta(keys[0])
+            elements, size = int(torch.Size(shape).numel()), sum(store.nbytes(k) for k in keys)
+            tensors[name if name not in tensors else f"{name} (float copy)"] = TensorEntry(
+                container=SHORT[dtype],
+                elements=elements,
+                bytes=size,
+                bits_per_element=round(8 * size / max(1, elements), 4),
+                spec=specs.get(name) if keys[0] != name else None,
+                sqnr_db=sqnr.get(name) if keys[0] != name else None,
+            )
+        return tensors
 
 
 def load(directory: str | Path) -> CompiledModel:

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, fx
 
@@ -88,13 +88,6 @@ class Pass(ABC):
             if getattr(self, f.name) != _default(f)
         ]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
-
-
-class Batches(Protocol):
-    """Calibration data: a re-iterable of token batches ``[batch, sequence]`` (int64)."""
-
-    def __iter__(self) -> Any: ...
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)

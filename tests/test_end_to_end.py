@@ -107,7 +107,10 @@ def test_save_and_load_give_the_same_codes(tmp_path: Path) -> None:
         assert torch.equal(loaded.program.weights[key], compiled.program.weights[key]), key
     ids = torch.arange(5)[None]
     assert torch.equal(loaded(input_ids=ids), compiled(input_ids=ids))
-    qcompile.verify(tmp_path / "saved")
+    manifest = qcompile.verify(tmp_path / "saved").manifest
+    assert manifest.quantized_bits_per_weight == pytest.approx(8.25)  # a code a byte, a float32 scale for 128 codes
+    assert 8.25 < manifest.bits_per_weight < 32
+    assert {t.container for t in manifest.tensors.values()} == {"i8", "f32"}
 
 
 def test_the_same_inputs_give_the_same_artifact(tmp_path: Path) -> None:

@@ -45,8 +45,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def export(
     model: Model = None,
     target: Annotated[
-        str, typer.Option("--target", "-t", help="What to make; `qcompile targets` lists them.")
-    ] = "onnx_qcdq",
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="What to make; `qcompile targets` lists them.",
+            show_default="the recipe's, or onnx_qcdq",
+        ),
+    ] = None,
     recipe: RecipeOption = "int4-g128",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A new or empty directory.", show_default="qcompile-out/…")

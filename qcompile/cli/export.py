@@ -19,12 +19,13 @@ from qcompile.errors import QCompileError, RecipeError
 from qcompile.evaluate import Evaluation, evaluate
 from qcompile.recipe import Recipe
 
+DEFAULT_TARGET = "onnx_qcdq"
 EVALUATION_LENGTH, EVALUATION_SAMPLES = 128, 32  # tokens a sequence, sequences
 
 
 def run(
     model: str | None,
-    target: str,
+    target: str | None,
     recipe: str,
     out: Path | None,
     settings: list[str],
@@ -35,7 +36,7 @@ def run(
 ) -> None:
     path = model_path(model)
     chosen = Recipe.load(recipe).override(settings)
-    made = parse_options(options)
+    target, made = target or chosen.target or DEFAULT_TARGET, parse_options(options)
     make_backend(target, made)  # bad options are said before any work is done
     out = out or Path("qcompile-out") / f"{Path(path).name}-{Path(recipe).stem}-{target}"
     check_target(out.absolute())

@@ -13,6 +13,7 @@ def run(model: str | None, recipe: str, settings: list[str], target: str | None,
     program = open_program(model)
     plan = resolve(program, chosen)
     passes = [str(p) for p in pipeline(chosen)]
+    target = target or chosen.target
     obstacles = [str(o) for o in make_backend(target).obstacles(program)] if target else []
     if as_json:
         print_json({"plan": plan.to_dict(), "passes": passes, "obstacles": obstacles})

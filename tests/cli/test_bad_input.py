@@ -76,6 +76,7 @@ def test_unknown_names(cli: Any, program_file: Path) -> None:
     refused(cli, "plan", "--set", "weight.group=64", says="weights")
     refused(cli, "plan", "--set", "rules=[{match: model.layer.*, weights: null}]", says="model.layer")
     refused(cli, "export", "--target", "onnx", says="onnx_qcdq")
+    refused(cli, "export", "--set", "target=onnx", says="onnx_qcdq")  # the recipe's target is read
     refused(cli, "export", "--option", "opsett=21", says="opset")
     refused(cli, "opt", program_file, "-p", "rnt", says="rtn")
     refused(cli, "opt", program_file, "-p", "insert-qdq(weight=int4)", says="weights")
