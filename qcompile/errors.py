@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QCompileError(Exception):
     """Base of all errors that qcompile raises on purpose."""
@@ -29,3 +32,9 @@ class LoweringError(QCompileError):
 
 class ArtifactError(QCompileError):
     """An artifact directory is missing, incomplete or not what its manifest says."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where some valid word is close to `word`, else the empty string."""
+    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

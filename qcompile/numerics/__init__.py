@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from qcompile.numerics.parameters import QParams
 from qcompile.numerics.params import choose_qparams
 from qcompile.numerics.qtensor import QTensor, sqnr_db
 from qcompile.numerics.quantize import dequantize, quantize
 from qcompile.numerics.spec import QuantSpec
 
-__all__ = ["QTensor", "QuantSpec", "choose_qparams", "dequantize", "quantize", "sqnr_db"]
+__all__ = ["QParams", "QTensor", "QuantSpec", "choose_qparams", "dequantize", "quantize", "sqnr_db"]

@@ -11,6 +11,10 @@ from qcompile.errors import SpecError
 
 Slices = tuple[slice, ...]
 
+FEW_SCALES = 24
+CHUNK_SCALES = 1 << 16
+"""Scales are many where there is more than one for `FEW_SCALES` entries; then about `CHUNK_SCALES` are taken at once."""
+
 TILE_ELEMENTS = 1 << 16
 """Elements in a tile: float32 input, float32 temporary and codes of one tile stay in a 1 MiB cache."""
 
@@ -63,6 +67,21 @@ def rows(x: Tensor, scale_shape: Sequence[int]) -> Tensor:
     inner = inner_axes(x.shape, scale_shape)
     outer = [axis for axis in range(view.dim()) if axis not in inner]
     return view.permute([*outer, *inner]).reshape(math.prod(scale_shape), -1)
+
+
+def row_chunks(shape: Sequence[int], scale_shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first axis, where it has one scale an index, in which what is computed per scale stays small.
+
+    One slice where scales are few: their own arithmetic then costs nothing.
+    """
+    count = shape[0] if shape and scale_shape[0] == shape[0] else 1
+    few = math.prod(scale_shape) * FEW_SCALES <= math.prod(shape)
+    step = count if few or count == 0 else max(1, CHUNK_SCALES * count // math.prod(scale_shape))
+    if step >= count:
+        yield slice(None)
+        return
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 def tiles(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
-from qcompile.errors import SpecError
+from qcompile.errors import SpecError, nearest
+from qcompile.numerics import formats
 from qcompile.numerics.criterion import CRITERIA, AbsMax, Criterion, MinMax, parse_criterion
-from qcompile.numerics.element import ELEMENTS, Element, nearest, parse_element
+from qcompile.numerics.element import ELEMENTS, Element, FloatElement, IntElement, parse_element
+from qcompile.numerics.float_element import parse_float
 from qcompile.numerics.granularity import (
     Granularity,
     PerBlock,
@@ -17,7 +20,16 @@ from qcompile.numerics.granularity import (
     PerToken,
     axis_text,
 )
-from qcompile.numerics.scale_type import SCALE_TYPES, ScaleType
+from qcompile.numerics.scale_type import (
+    F32,
+    DoubleScale,
+    E8M0Scale,
+    MicroScale,
+    ScaleType,
+    parse_double,
+    parse_scale,
+    unsigned,
+)
 
 if TYPE_CHECKING:
     from qcompile.numerics.spec import QuantSpec, Range, When, Zero
@@ -29,31 +41,34 @@ _WORDS = {
     **dict.fromkeys(("sym", "asym"), "symmetry"),
     **dict.fromkeys(("signed", "half", "full", "narrow"), "range"),
     **dict.fromkeys(("tensor", "channel", "token"), "granularity"),
-    **dict.fromkeys(("static", "dynamic"), "when"),
+    **dict.fromkeys(("static", "dynamic", "no_scale"), "when"),
     **dict.fromkeys(CRITERIA, "observer"),
 }
 _SYMMETRIES = ("sym", "asym")
 _RANGES: tuple[Range, ...] = ("signed", "half", "full", "narrow")
 _GRANULARITIES = ("tensor", "channel", "token")
-_ZEROS: tuple[Zero, ...] = ("none", "int", "float")
-_WHENS: tuple[When, ...] = ("static", "dynamic")
+_ZEROS = ("none", "int", "float")
+_WHENS: tuple[When, ...] = ("static", "dynamic", "no_scale")
 _NAMES = (
-    *("element", "bits", "symmetry", "range", "granularity", "group", "block", "axis"),
-    *("scale", "zero", "when", "observer", "percentile", "mse"),
+    *("element", "bits", "symmetry", "range", "granularity", "group", "block", "axis", "stack"),
+    *("scale", "double", "scaling_min", "zero", "via", "when", "observer", "percentile", "mse", "golden"),
 )
+_OBSERVERS = ("observer", "percentile", "mse", "golden")
 
 
 def split_words(text: str) -> dict[str, object]:
     """The fields a spec string sets; SpecError for an unknown word, or for a field that is set twice."""
-    element, *words = text.split() or [""]
-    fields: dict[str, object] = {"element": str(parse_element(element))}
+    element, *words = re.findall(r"[^\s(]+\([^)]*\)\S*|\S+", text) or [""]
+    fields: dict[str, object] = {"element": element}
+    if formats.expand(element) is None:
+        fields["element"] = str(parse_element(element))
     for word in words:
         name, equals, value = word.partition("=")
         if not equals and word in _WORDS:
             name, value = _WORDS[word], word
         elif not equals or name not in _NAMES:
             hint = nearest(name, _NAMES) if equals else nearest(word, [*_WORDS, *(f"{n}=" for n in _NAMES), *ELEMENTS])
-            known = f"{', '.join(_WORDS)}, group=, block=, axis=, scale=, zero="
+            known = f"{', '.join(_WORDS)}, group=, block=, axis=, scale=, double=, zero=, via="
             raise SpecError(f"unknown word {word!r} in spec {text!r}{hint}; after the element come {known}")
         if name in fields:
             raise SpecError(f"{word!r} sets {name} again in spec {text!r}, after {fields[name]!r}; keep one")
@@ -65,46 +80,49 @@ def build(fields: Mapping[str, object]) -> QuantSpec:
     """The spec that `fields` describe, with defaults filled in (see `QuantSpec`)."""
     from qcompile.numerics.spec import QuantSpec  # that module needs this one
 
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name in given:
+    given = _expanded({name: value for name, value in fields.items() if value is not None})
+    for name in fields:
         if name not in _NAMES:
             raise SpecError(f"unknown spec field {name!r}{nearest(name, _NAMES)}; fields are {', '.join(_NAMES)}")
     element = _element(given)
     symmetric = _choice(given, "symmetry", _SYMMETRIES, "sym") == "sym"
     when = _choice(given, "when", _WHENS, None)
+    scale = _scale(given)
     return QuantSpec(
         element=element,
         symmetric=symmetric,
-        range=_choice(given, "range", _RANGES, default_range(element, symmetric, when)),
+        range=_choice(given, "range", _RANGES, default_range(element, symmetric, when, scale)),
         granularity=_granularity(given, when),
-        scale=_scale(given),
-        zero=_choice(given, "zero", _ZEROS, "none" if symmetric else "int"),
+        scale=scale,
+        zero=_zero(given, symmetric),
         when=when,
         observer=_criterion(given, symmetric),
+        via=_via(given),
+        stack=_integer(given, "stack") if "stack" in given else None,
+        scaling_min=_number(given, "scaling_min") if "scaling_min" in given else None,
     )
 
 
-def describe(spec: QuantSpec) -> dict[str, str | int]:
-    """The fields that `build` needs to make `spec` again; defaults left out, but for symmetry and granularity."""
-    fields: dict[str, str | int] = {"element": str(spec.element), "symmetry": "sym" if spec.symmetric else "asym"}
-    if spec.range != default_range(spec.element, spec.symmetric, spec.when):
+def describe(spec: QuantSpec) -> dict[str, str | int | float]:
+    """The fields that `build` needs to make `spec` again; defaults left out, but granularity and an int's symmetry."""
+    fields: dict[str, str | int | float] = {"element": str(spec.element)}
+    if isinstance(spec.element, IntElement) or not spec.symmetric:
+        fields["symmetry"] = "sym" if spec.symmetric else "asym"
+    if spec.range != default_range(spec.element, spec.symmetric, spec.when, spec.scale):
         fields["range"] = spec.range
-    match spec.granularity:
-        case PerGroup(size, axis):
-            fields["group"] = size
-            if axis != -1:
-                fields["axis"] = axis
-        case PerBlock(rows, columns):
-            fields["block"] = f"{rows}x{columns}"
-        case PerChannel(axes) if axes != default_channel(spec.when).axes:
-            fields["granularity"] = "channel"
-            fields["axis"] = axes[0] if len(axes) == 1 else axis_text(axes)
-        case other:
-            fields["granularity"] = str(other)
-    if spec.scale != "f32":
-        fields["scale"] = spec.scale
-    if spec.zero == "float":
-        fields["zero"] = spec.zero
+    fields |= _describe_granularity(spec)
+    if spec.stack is not None:
+        fields["stack"] = spec.stack
+    if isinstance(spec.scale, DoubleScale):
+        fields["double"] = str(spec.scale)
+    elif spec.scale != F32:
+        fields["scale"] = str(spec.scale)
+    if spec.scaling_min is not None:
+        fields["scaling_min"] = spec.scaling_min
+    if spec.zero not in ("none", "int"):
+        fields["zero"] = str(spec.zero)
+    if spec.via is not None:
+        fields["via"] = str(spec.via)
     if spec.when is not None:
         fields["when"] = spec.when
     if spec.observer != default_criterion(spec.symmetric):
@@ -112,13 +130,49 @@ def describe(spec: QuantSpec) -> dict[str, str | int]:
     return fields
 
 
-def join_words(fields: Mapping[str, str | int]) -> str:
-    """The spec string of `describe`'s fields."""
+def join_words(fields: Mapping[str, str | int | float]) -> str:
+    """The spec string of `describe`'s fields; what a named format covers is said by its name."""
     words = []
+    covered: frozenset[str] = frozenset()
+    if fields.get("symmetry") != "asym" and "range" not in fields and (named := formats.name_of(fields)) is not None:
+        words.append(named[0])
+        covered = named[1] | {"symmetry"}
     for name, value in fields.items():
-        plain = name in ("element", "observer") or _WORDS.get(str(value)) == name
-        words.append(str(value) if plain else f"{name}={value}")
+        if name not in covered:
+            plain = name in ("element", "observer") or _WORDS.get(str(value)) == name
+            words.append(str(value) if plain else f"{name}={value}")
     return " ".join(words)
+
+
+def _describe_granularity(spec: QuantSpec) -> dict[str, str | int | float]:
+    match spec.granularity:
+        case PerGroup(size, axis):
+            return {"group": size} if axis == -1 else {"group": size, "axis": axis}
+        case PerBlock(rows, columns):
+            return {"block": f"{rows}x{columns}"}
+        case PerChannel(axes) if axes != default_channel(spec.when).axes:
+            return {"granularity": "channel", "axis": axes[0] if len(axes) == 1 else axis_text(axes)}
+        case PerTensor() if spec.when == "no_scale":
+            return {}
+        case other:
+            return {"granularity": str(other)}
+
+
+def _expanded(given: dict[str, object]) -> dict[str, object]:
+    """`given` with a named format in place of its element taken apart."""
+    word = str(given.get("element", ""))
+    if (own := formats.expand(word)) is None:
+        return given
+    taken = {"granularity": "group", "block": "group", "double": "scale"}
+    for name in given:
+        if name != "element" and (name in own or taken.get(name) in own or name in ("bits", "range", "symmetry")):
+            if name == "symmetry" and given[name] == "sym":
+                continue
+            if name in _OBSERVERS and "observer" not in own:
+                continue
+            parts = " ".join(f"{k}={v}" if k != "element" else v for k, v in own.items())
+            raise SpecError(f"{word} is {parts}, so {name}={given[name]} does not apply; write out what you mean")
+    return {**given, **own}
 
 
 def merge(fields: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
@@ -130,18 +184,29 @@ def merge(fields: Mapping[str, object], changes: Mapping[str, object]) -> dict[s
     if changes.get("symmetry", fields.get("symmetry")) != fields.get("symmetry"):
         for name in ("range", "zero", "observer"):
             kept.pop(name, None)
-    if not {"observer", "percentile", "mse"}.isdisjoint(changes):
+    if not set(_OBSERVERS).isdisjoint(changes):
         kept.pop("observer", None)
+    if not {"scale", "double"}.isdisjoint(changes):
+        for name in ("scale", "double"):
+            kept.pop(name, None)
+    if "element" in changes:
+        for name in ("symmetry", "range", "zero"):
+            kept.pop(name, None)
+        if formats.expand(str(changes["element"])) is not None:
+            for name in ("granularity", "group", "block", "axis", "scale", "double", "observer"):
+                kept.pop(name, None)
     return {**kept, **changes}
 
 
-def default_range(element: Element, symmetric: bool, when: When | None) -> Range:
-    """`signed` for weights, `half` for activations; `full` and `narrow` where nothing else is possible."""
-    if element.ternary:
-        return "narrow"
-    if not symmetric or not element.signed:
+def default_range(element: Element, symmetric: bool, when: When | None, scale: ScaleType) -> Range:
+    """`signed` for weights whose scales have a sign, else `half`; `narrow` and `full` where nothing else can be."""
+    if not isinstance(element, IntElement) or not symmetric or not element.signed:
         return "full"
-    return "signed" if when is None else "half"
+    if scale == E8M0Scale("bfp"):
+        return "full"
+    if element.ternary or isinstance(scale, E8M0Scale | MicroScale):
+        return "narrow"
+    return "signed" if when is None and not unsigned(scale) else "half"
 
 
 def default_channel(when: When | None) -> PerChannel:
@@ -170,7 +235,7 @@ def _granularity(given: Mapping[str, object], when: When | None) -> Granularity:
         if axes is not None and len(axes) != 1:
             raise SpecError(f"group takes one axis, not axis={axis_text(axes)}; use block=RxC for two")
         return PerGroup(_integer(given, "group"), -1 if axes is None else axes[0])
-    default = {None: "channel", "dynamic": "token", "static": "tensor"}[when]
+    default = {None: "channel", "dynamic": "token", "static": "tensor", "no_scale": "tensor"}[when]
     word = _choice(given, "granularity", _GRANULARITIES, default) if "block" not in given else "block"
     if word == "channel":
         return default_channel(when) if axes is None else PerChannel(axes)
@@ -182,7 +247,7 @@ def _granularity(given: Mapping[str, object], when: When | None) -> Granularity:
 
 
 def _criterion(given: Mapping[str, object], symmetric: bool) -> Criterion:
-    named = [name for name in ("observer", "percentile", "mse") if name in given]
+    named = [name for name in _OBSERVERS if name in given]
     if len(named) > 1:
         raise SpecError(f"{' and '.join(f'{n}={given[n]}' for n in named)} are both observers; keep one")
     if not named:
@@ -192,8 +257,36 @@ def _criterion(given: Mapping[str, object], symmetric: bool) -> Criterion:
 
 
 def _scale(given: Mapping[str, object]) -> ScaleType:
-    word = given.get("scale", "f32")
-    return _choice({"scale": "pow2" if word == "pow2(ceil)" else word}, "scale", SCALE_TYPES, "f32")
+    if "double" not in given:
+        return parse_scale(str(given.get("scale", "f32")))
+    if "scale" in given:
+        raise SpecError(f"scale={given['scale']} and double={given['double']} both say what a scale is; keep one")
+    return parse_double(str(given["double"]), "double")
+
+
+def _zero(given: Mapping[str, object], symmetric: bool) -> Zero:
+    word = str(given.get("zero", "none" if symmetric else "int"))
+    if word in _ZEROS:
+        return cast("Zero", word)
+    if word[:1].isdigit():
+        return parse_double(word, "zero")
+    raise SpecError(f"unknown zero {word!r}{nearest(word, _ZEROS)}; use {', '.join(_ZEROS)}, or 8x128 (bits x group)")
+
+
+def _via(given: Mapping[str, object]) -> FloatElement | None:
+    if "via" not in given:
+        return None
+    element = parse_float(str(given["via"]))
+    if element is None:
+        raise SpecError(f"via={given['via']} is no float element; write via=e4m3fn")
+    return element
+
+
+def _number(given: Mapping[str, object], name: str) -> float:
+    try:
+        return float(str(given[name]))
+    except ValueError as error:
+        raise SpecError(f"{name}={given[name]} is not a number; write {name}=1e-5") from error
 
 
 def _choice(given: Mapping[str, object], name: str, valid: tuple[T, ...], default: T | Literal["", None]) -> T:

@@ -111,10 +111,11 @@ def _axis(axis: int, shape: Sequence[int], granularity: Granularity) -> int:
 
 def _divide(size: int, group: int, axis: int, shape: Sequence[int], granularity: Granularity) -> int:
     if size % group != 0:
-        raise SpecError(
-            f"{granularity} does not divide axis {axis} of shape {list(shape)}, whose size is {size}; "
-            f"the nearest divisors are {_nearest_divisors(size, group)}"
-        )
+        where = f"axis {axis} of shape {list(shape)}"
+        if not isinstance(size, int):  # symbolic
+            raise SpecError(f"{granularity} does not divide {where}, whose size varies; use token, or group= elsewhere")
+        near = _nearest_divisors(size, group)
+        raise SpecError(f"{granularity} does not divide {where}, whose size is {size}; the nearest divisors are {near}")
     return size // group
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.numerics.element import Codebook, FloatElement, IntElement
 from qcompile.numerics.spec import QuantSpec
 
 LOWEST_EXPONENT = -32
 OCTAVES = 64
+SAMPLES = 4
 
 
 class FloatHistogram:
@@ -61,21 +63,23 @@ class FloatHistogram:
     ) -> Tensor:
         """The sum of |x - dequantized| ** norm in each row, float64 [channels], for scales and zero-points [channels].
 
-        The integral of the error over each bin, in closed form, with entries spread evenly over it.
+        The integral of the error over each bin with entries spread evenly over it, in closed form for integers, by the
+        midpoint rule on `SAMPLES` points for other elements.
         """
         errors = [torch.zeros(0, dtype=torch.float64, device=self.counts.device)]
         step = max(1, (1 << 20) // self.counts.shape[1])
         for part in (slice(start, start + step) for start in range(0, self.counts.shape[0], step)):
             offset = None if zero is None else zero[part].to(torch.float64).unsqueeze(1)
-            levels = _Levels(scale[part].to(torch.float64).unsqueeze(1), offset, spec, norm)
+            step_size = scale[part].to(torch.float64).unsqueeze(1)
             bounds = (low[part].to(torch.float64).unsqueeze(1), high[part].to(torch.float64).unsqueeze(1))
             edges = self.edges().expand(bounds[0].shape[0], -1).clone()
             # The outermost bins hold everything beyond them; no bin reaches further than the data.
             edges[:, 0], edges[:, -1] = -torch.inf, torch.inf
             edges = edges.clamp(*bounds)
-            integral = levels.integral(edges).diff(dim=1)
-            width = edges.diff(dim=1)
-            mean = torch.where(width > 0, integral / width, levels.error(edges[:, 1:]))
+            if isinstance(spec.element, IntElement):
+                mean = _mean_of_levels(_Levels(step_size, offset, spec, norm), edges)
+            else:
+                mean = _mean_sampled(edges, step_size, spec.element, norm)
             errors.append((mean * self.counts[part]).sum(1))
         return torch.cat(errors)
 
@@ -102,6 +106,20 @@ def _at_rank(counts: Tensor, edges: Tensor, rank: int, low: Tensor, high: Tensor
     )
     value = torch.where((found == 0) & (low < edges[0]), low, value)
     return value.clamp(low, high).squeeze(1)
+
+
+def _mean_of_levels(levels: _Levels, edges: Tensor) -> Tensor:
+    width = edges.diff(dim=1)
+    return torch.where(width > 0, levels.integral(edges).diff(dim=1) / width, levels.error(edges[:, 1:]))
+
+
+def _mean_sampled(edges: Tensor, step: Tensor, element: FloatElement | Codebook, norm: float) -> Tensor:
+    low, width = edges[:, :-1], edges.diff(dim=1)
+    total = torch.zeros_like(low)
+    for index in range(SAMPLES):
+        x = low + width * ((index + 0.5) / SAMPLES)
+        total += (element.round(x / step) * step - x).abs() ** norm
+    return total / SAMPLES
 
 
 class _Levels:

@@ -16,10 +16,12 @@ from torch import Tensor
 from qcompile.errors import SpecError
 from qcompile.numerics.blocks import rows
 from qcompile.numerics.criterion import LeastError, Percentile
+from qcompile.numerics.fit import Fit, work_dtype
 from qcompile.numerics.granularity import PerChannel, PerTensor
 from qcompile.numerics.histogram import FloatHistogram
-from qcompile.numerics.params import check_finite, error_grid, one_sided, qparams_from_range
-from qcompile.numerics.quantize import work_dtype
+from qcompile.numerics.parameters import QParams
+from qcompile.numerics.params import check_finite, one_sided
+from qcompile.numerics.search import search
 from qcompile.numerics.spec import QuantSpec
 
 TENSOR_MANTISSA_BITS = 7
@@ -80,8 +82,8 @@ class Observer:
                 self._histogram = self._new_histogram(other._low.unsqueeze(1))
             self._histogram.merge(other._histogram)
 
-    def qparams(self) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero-point (None where `spec` is symmetric), of the shape `spec.scale_shape` gave for what it saw.
+    def qparams(self) -> QParams:
+        """The parameters, of the shapes that `spec.parameters` gives for what it saw.
 
         Raises SpecError where nothing was seen.
         """
@@ -90,10 +92,15 @@ class Observer:
         low, high = self._low, self._high
         if isinstance(self.spec.observer, Percentile):
             low, high = self._percentiles(self.spec.observer.percent)
-        elif isinstance(self.spec.observer, LeastError):
-            factor = self._least_error_factor(self.spec.observer.norm)
-            low, high = low * factor, high * factor
-        return qparams_from_range(low.reshape(self._shape), high.reshape(self._shape), self.spec, self._dtype)
+        # A scale of any rank fits one that is a row of channels, as the histogram has them.
+        channels = tuple(low.shape) if isinstance(self.spec.granularity, PerChannel) else (1,)
+        fit = Fit.start(low, high, self.spec, self._dtype, (), tuple(1 for _ in channels))
+        if isinstance(self.spec.observer, LeastError):
+            fit = search(fit, self._error, self.spec.observer)
+        scale, zero, outer = fit.stored((), channels)
+        one = (1,) * len(self._shape)
+        zero = None if zero is None else zero.reshape(self._shape)
+        return QParams(scale.reshape(self._shape), zero, tuple(t.reshape(one) for t in outer))
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self._shape not in (None, shape):
@@ -128,21 +135,13 @@ class Observer:
             last = self._count - 1
             bottom = between(histogram.at_rank(last - rank, low, high), histogram.at_rank(last - after, low, high))
             return bottom, top
-        if not self.spec.signed:
+        if not self.spec.has_negatives:
             return torch.zeros_like(low), top.clamp(min=0)
         largest = torch.maximum(-low, high)
         magnitude = between(histogram.magnitude_at_rank(rank, largest), histogram.magnitude_at_rank(after, largest))
         return one_sided(low, high, magnitude)
 
-    def _least_error_factor(self, norm: float) -> Tensor:
+    def _error(self, fit: Fit) -> Tensor:
         assert self._histogram is not None
-        low, high = self._low, self._high
-        best = torch.ones_like(low)
-        least = torch.full(low.shape, torch.inf, dtype=torch.float64, device=low.device)
-        for factor in error_grid(self.spec):
-            scale, zero = qparams_from_range(low * factor, high * factor, self.spec, self._dtype)
-            error = self._histogram.error(scale, zero, self.spec, norm, low, high)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = torch.where(better, factor, best)
-        return best
+        assert isinstance(self.spec.observer, LeastError)
+        return self._histogram.error(fit.steps(), fit.zero, self.spec, self.spec.observer.norm, self._low, self._high)

@@ -6,46 +6,104 @@ codes are chosen against the scale that will be stored.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from qcompile.errors import SpecError
-from qcompile.numerics.blocks import inner_axes, rows, split, spread, tiles
-from qcompile.numerics.criterion import LeastError, Percentile
-from qcompile.numerics.quantize import float_codes, work_dtype
-from qcompile.numerics.scale_type import is_pow2, round_scale
+from qcompile.numerics.blocks import inner_axes, row_chunks, rows, split, tiles
+from qcompile.numerics.criterion import HalfQuadratic, LeastError, Percentile
+from qcompile.numerics.fit import Fit, work_dtype
+from qcompile.numerics.hqo import half_quadratic
+from qcompile.numerics.parameters import QParams, per_tensor
+from qcompile.numerics.scale_type import DoubleScale, E4M3Scale
+from qcompile.numerics.search import least_error
 from qcompile.numerics.spec import QuantSpec
 
-RANGE_GRID = (1.0, *(step / 50 for step in (*range(58, 50, -1), *range(49, 19, -1))))
-"""What the mse observer multiplies the range by: 1, then 1.16 to 0.40 in steps of 0.02. The first of equals wins.
 
-Halving the step gains under 0.02 dB. A range that grows gains 0.1 dB at 4 bits and 0.3 to 0.8 dB at 8.
-"""
+def choose_qparams(x: Tensor, spec: QuantSpec, outer: tuple[Tensor, ...] = ()) -> QParams:
+    """The stored parameters for `x`, of any float dtype and shape: those of `spec.parameters(x.shape)`, in that order.
 
-POW2_GRID = (1.0, 2.0, 0.5, 0.25)
-"""The same where scales are powers of two: the realisable neighbours."""
-
-
-def choose_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero-point (None where `spec` is symmetric) for `x`, of any float dtype and shape.
-
-    Both have shape `spec.scale_shape(x.shape)`, dtypes `spec.scale_dtype` and `spec.zero_dtype`. A group of zeros, or
-    an empty one, gets scale 1. Raises SpecError where a group does not divide, or where `x` holds nan or infinity.
+    `outer`: outer parameters that are given, all of them: a global scale shared with other tensors, say. A group of
+    zeros, or an empty one, gets scale 1 (the least of the type where scales are e8m0 or e4m3). Raises SpecError where a
+    group does not divide, or where `x` holds nan or infinity and the format has no home for them.
     """
+    outer = outer or _global_ahead(x, spec)
+    chunks = list(row_chunks(x.shape, spec.scale_shape(x.shape))) if _by_rows(spec, outer) else []
+    if len(chunks) < 2:
+        return _choose(x, spec, outer)
+    own = outer if isinstance(spec.scale, E4M3Scale) else ()
+    parts = [_choose(x[rows], spec, own).stored() for rows in chunks]
+    scale, *rest = (torch.cat(column) for column in zip(*(p[: len(p) - len(own)] for p in parts), strict=True))
+    zero = None if spec.symmetric else rest.pop(0)
+    return QParams(scale, zero, (*rest, *own))
+
+
+def _by_rows(spec: QuantSpec, outer: tuple[Tensor, ...]) -> bool:
+    """Whether rows of a tensor can be looked at one after the other: nothing is shared but outer parameters that are
+    known.
+    """
+    doubled = isinstance(spec.scale, DoubleScale) or isinstance(spec.zero, DoubleScale)
+    shared = isinstance(spec.scale, E4M3Scale) and spec.scale.shared and not outer
+    return not doubled and not shared and spec.via is None and spec.stack is None
+
+
+def _global_ahead(x: Tensor, spec: QuantSpec) -> tuple[Tensor, ...]:
+    """The global scale of a whole tensor where its extremes alone decide it; () where they do not, or there is none."""
+    alone = spec.symmetric and spec.stack is None and not isinstance(spec.observer, Percentile)
+    if spec.scale != E4M3Scale() or not alone or x.numel() == 0 or not x.is_floating_point():
+        return ()
+    whole, work = per_tensor(spec, x.shape), work_dtype(x)
+    low, high = (extreme(x).reshape(whole).to(work) for extreme in (torch.amin, torch.amax))
+    return Fit.start(low, high, spec, x.dtype, (), whole).outer
+
+
+def _choose(x: Tensor, spec: QuantSpec, outer: tuple[Tensor, ...]) -> QParams:
     work = work_dtype(x)
     shape = spec.scale_shape(x.shape)
+    if spec.when == "no_scale":
+        if not spec.keeps_nan:
+            check_finite(*_extremes(x, shape), x, spec)
+        return QParams(torch.ones(shape, device=x.device), None)
+    values, via = through(x.to(work), spec, outer)
     if x.numel() == 0:
-        nothing = torch.zeros(shape, dtype=work, device=x.device)
-        return qparams_from_range(nothing, nothing, spec, x.dtype)
+        low = high = torch.zeros(shape, dtype=work, device=x.device)
+    else:
+        low, high = _extremes(values, shape)
+        if not spec.keeps_nan:
+            check_finite(low, high, x, spec)
+    if isinstance(spec.observer, Percentile) and x.numel():
+        low, high = _percentiles(values, low, high, spec)
+    fit = Fit.start(low, high, spec, x.dtype, outer[:-1] if via else outer, per_tensor(spec, x.shape))
+    if x.numel() == 0:
+        return fit.stored(via, x.shape)
+    if isinstance(spec.observer, LeastError):
+        fit = _tiled_search(values, fit, spec.observer)
+    elif isinstance(spec.observer, HalfQuadratic):
+        fit = half_quadratic(values, fit)
+    return fit.stored(via, x.shape)
+
+
+def through(x: Tensor, spec: QuantSpec, outer: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`x` as values of the element `spec.via`, divided by that element's scale, and the scale; `x` and () without it.
+
+    The scale is the last of `outer` where that is given, else absmax / largest.
+    """
+    if spec.via is None:
+        return x, ()
+    scale = outer[-1] if outer else via_scale(x, spec)
+    return spec.via.round(x / scale.to(x.dtype)), (scale,)
+
+
+def via_scale(x: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale of the element `spec.via` for a tensor: absmax / largest, float32, 1 for zeros."""
+    assert spec.via is not None
+    shape = per_tensor(spec, x.shape)
+    if x.numel() == 0:
+        return torch.ones(shape, device=x.device)
     low, high = _extremes(x, shape)
     check_finite(low, high, x, spec)
-    if isinstance(spec.observer, Percentile):
-        low, high = _percentiles(x.to(work), low, high, spec)
-    elif isinstance(spec.observer, LeastError):
-        low, high = _least_error_range(x, low.to(work), high.to(work), spec, spec.observer.norm)
-    return qparams_from_range(low.to(work), high.to(work), spec, x.dtype)
+    scale = (torch.maximum(-low, high) / spec.via.largest).to(torch.float32)
+    return torch.where(scale == 0, 1.0, scale).clamp(min=2.0**-126)
 
 
 def check_finite(low: Tensor, high: Tensor, x: Tensor, spec: QuantSpec) -> None:
@@ -56,56 +114,10 @@ def check_finite(low: Tensor, high: Tensor, x: Tensor, spec: QuantSpec) -> None:
         )
 
 
-def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero-point of groups whose entries lie in [low, high] (float32 or float64, scale-shaped).
-
-    Ranges within 1/128 of the largest finite value of `dtype`, that of the data, are pulled in, so that no code
-    dequantizes to infinity.
-    """
-    reach = _reach(spec, dtype)
-    low, high = low.clamp(-reach, reach), high.clamp(-reach, reach)
-    if not spec.symmetric:
-        return _asymmetric(low.clamp(max=0), high.clamp(min=0), spec)
-    if not spec.signed:
-        step = high.clamp(min=0) / spec.qmax
-    elif spec.range == "signed":
-        # Equal magnitudes of both signs take the positive scale.
-        step = torch.where(-low >= high, low, high) / spec.qmin
-    else:
-        largest = torch.maximum(-low, high)
-        codes = spec.bits - 1
-        step = largest / {"narrow": 2.0**codes - 1, "half": 2.0**codes - 0.5, "full": 2.0**codes}[spec.range]
-    return round_scale(torch.where(step == 0, 1.0, step), spec.scale), None
-
-
 def one_sided(low: Tensor, high: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """A range of magnitude `largest` on the side of the larger of `low` and `high`, where a signed scale points."""
     negative = -low >= high
     return torch.where(negative, -largest, 0), torch.where(negative, 0, largest)
-
-
-def error_grid(spec: QuantSpec) -> tuple[float, ...]:
-    """The factors by which the mse observer tries to scale a range."""
-    return POW2_GRID if is_pow2(spec.scale) else RANGE_GRID
-
-
-def _asymmetric(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    steps = spec.qmax - spec.qmin
-    # The width of a range of huge values of both signs overflows; its parts do not.
-    width = high - low
-    step = torch.where(torch.isfinite(width), width / steps, high / steps - low / steps)
-    scale = round_scale(torch.where(step == 0, 1.0, step), spec.scale)
-    zero = spec.qmin - low / scale.to(low.dtype)
-    if spec.zero == "int":
-        zero = zero.round()
-    return scale, zero.clamp(spec.qmin, spec.qmax).to(spec.zero_dtype)
-
-
-def _reach(spec: QuantSpec, dtype: torch.dtype) -> float:
-    # The code farthest from 0 stands for at most 2^b / (2^b - 1) of the range, or 8 times it where scales are powers of
-    # two; 1/128 is left for the rounding of scale and zero-point.
-    share = 0.125 if is_pow2(spec.scale) else 1 - 2.0**-spec.bits
-    return torch.finfo(dtype).max * share * (1 - 2.0**-7)
 
 
 def _extremes(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -122,7 +134,7 @@ def _percentiles(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple
     values = rows(x, low.shape)
     if not spec.symmetric:
         return -_percentile(-values, percent).reshape(low.shape), _percentile(values, percent).reshape(low.shape)
-    if not spec.signed:
+    if not spec.has_negatives:
         return torch.zeros_like(low), _percentile(values.clamp(min=0), percent).reshape(low.shape)
     return one_sided(low, high, _percentile(values.abs(), percent).reshape(low.shape))
 
@@ -139,28 +151,12 @@ def _percentile(values: Tensor, percent: float) -> Tensor:
     return lower + (upper - lower) * (place - rank)
 
 
-def _least_error_range(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, norm: float) -> tuple[Tensor, Tensor]:
-    best = torch.ones_like(low)
-    for here, there in tiles(x.shape, low.shape, whole_blocks=True):
-        best[there] = _best_factor(x[here].to(low.dtype), low[there], high[there], spec, x.dtype, norm)
-    return low * best, high * best
-
-
-def _best_factor(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, dtype: torch.dtype, norm: float) -> Tensor:
-    view, inner = split(x, low.shape), inner_axes(x.shape, low.shape)
-    best = torch.ones_like(low)
-    least = torch.full_like(low, math.inf)
-    for factor in error_grid(spec):
-        scale, zero = qparams_from_range(low * factor, high * factor, spec, dtype)
-        step = spread(scale.to(x.dtype), x.shape)
-        offset = None if zero is None else spread(zero.to(x.dtype), x.shape)
-        error = float_codes(view, step, offset, spec)
-        if offset is not None:
-            error.sub_(offset)
-        error.mul_(step).sub_(view)
-        error = error.square_() if norm == 2 else error.abs_().pow_(norm)
-        total = error.sum(inner).reshape(low.shape) if inner else error
-        better = total < least
-        least = torch.where(better, total, least)
-        best = torch.where(better, factor, best)
-    return best
+def _tiled_search(x: Tensor, fit: Fit, observer: LeastError) -> Fit:
+    units = torch.empty_like(fit.units)
+    zero = None if fit.zero is None else torch.empty_like(fit.zero)
+    for here, there in tiles(x.shape, fit.units.shape, whole_blocks=True):
+        best = least_error(x[here], fit.part(there), observer)
+        units[there] = best.units
+        if zero is not None and best.zero is not None:
+            zero[there] = best.zero
+    return fit.at(units, zero)

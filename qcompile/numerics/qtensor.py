@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import SpecError
+from qcompile.numerics.parameters import QParams
 from qcompile.numerics.params import choose_qparams
 from qcompile.numerics.quantize import dequantize, quantize
 from qcompile.numerics.spec import QuantSpec
@@ -16,27 +17,43 @@ from qcompile.numerics.spec import QuantSpec
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """Codes (one per int8 or uint8, in the tensor's shape), scale, zero-point (None for `sym`), and their spec."""
+    """Codes (one per int8 or uint8, in the tensor's shape), their stored parameters, and their spec.
+
+    `scale`, `zero_point` (None for `sym`) and `outer` are as `spec.parameters` lists them.
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     spec: QuantSpec
+    outer: tuple[Tensor, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The stored parameters by name, as `scale`, `zero_point`, `global_scale`."""
+        stored = QParams(self.scale, self.zero_point, self.outer).stored()
+        names = [p.name for p in self.spec.parameters(self.codes.shape)]
+        return dict(zip(names, stored, strict=True))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values that the codes stand for, as `dtype` (None: the scale's)."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.spec, dtype)
+        """The values that the codes stand for, as `dtype` (None: as `qcompile.numerics.dequantize` says)."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.spec, dtype, self.outer)
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of codes, scales and zero-points together, over the elements."""
+        """Bits of codes and parameters together, over the elements."""
         return self.spec.bits_per_element(self.codes.shape)
 
 
-def quantize_tensor(x: Tensor, spec: QuantSpec) -> QTensor:
+def quantize_tensor(x: Tensor, spec: QuantSpec, outer: tuple[Tensor, ...] = ()) -> QTensor:
     """Choose parameters for `x` and round it (see `choose_qparams` and `quantize`)."""
-    scale, zero_point = choose_qparams(x, spec)
-    return QTensor(quantize(x, scale, zero_point, spec), scale, zero_point, spec)
+    return quantize_with(x, choose_qparams(x, spec, outer), spec)
+
+
+def quantize_with(x: Tensor, params: QParams, spec: QuantSpec) -> QTensor:
+    """Round `x` with parameters that are known."""
+    scale, zero_point, outer = params
+    return QTensor(quantize(x, scale, zero_point, spec, outer), scale, zero_point, spec, outer)
 
 
 def sqnr_db(x: Tensor, y: Tensor) -> float:

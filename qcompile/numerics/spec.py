@@ -12,17 +12,19 @@ from torch import Tensor
 
 from qcompile.errors import SpecError
 from qcompile.numerics import fields as spec_fields
-from qcompile.numerics.criterion import AbsMax, Criterion, LeastError, MinMax, Percentile
-from qcompile.numerics.element import Element
-from qcompile.numerics.granularity import Granularity, PerBlock, PerGroup, PerToken
-from qcompile.numerics.scale_type import SCALE_TYPES, ScaleType, scale_bits, scale_dtype
+from qcompile.numerics.criterion import Criterion
+from qcompile.numerics.element import Element, FloatElement, IntElement
+from qcompile.numerics.granularity import Granularity
+from qcompile.numerics.parameters import Parameter, parameters, zero_type
+from qcompile.numerics.possible import impossible
+from qcompile.numerics.scale_type import DoubleScale, E8M0Scale, ScaleType, scale_dtype
 
 if TYPE_CHECKING:
     from qcompile.numerics.qtensor import QTensor
 
 Range: TypeAlias = Literal["signed", "half", "full", "narrow"]
-Zero: TypeAlias = Literal["none", "int", "float"]
-When: TypeAlias = Literal["static", "dynamic"]
+Zero: TypeAlias = Literal["none", "int", "float"] | DoubleScale
+When: TypeAlias = Literal["static", "dynamic", "no_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +33,28 @@ class QuantSpec:
 
     Fields, with the words of a spec string and what is taken when none is given:
 
-    - `element`: `int1`…`int8`, `uint1`…`uint8`, `ternary` {-1, 0, 1}. Always the first word.
-    - `symmetric`: `sym` (no zero-point; default) or `asym`.
-    - `range`, for `sym`, b bits: `narrow` scale = absmax / (2^(b-1) - 1); `half` absmax / (2^(b-1) - 1/2); `full`
-      absmax / 2^(b-1); `signed` the entry of largest magnitude maps to -2^(b-1), so the scale carries a sign.
-      Default `signed` for weights (`when` unset), `half` for activations, `narrow` for ternary, `full` for unsigned
-      elements (scale = max / (2^b - 1); negative entries clamp to 0).
+    - `element`, always the first word: `int1`…`int8`, `uint1`…`uint8`, `ternary` {-1, 0, 1}; `e4m3fn`, `e5m2`,
+      `e4m3fnuz`, `e5m2fnuz`, `e2m1` or any eXmY; `nf4`, `fp4`. Or the name of a format, which sets group and scale
+      too: `mxfp4(even)`, `nvfp4`, `bfp16`, `mx9` (see `qcompile.numerics.formats`).
+    - `symmetric`: `sym` (no zero-point; default) or `asym`, for integers.
+    - `range`, for `sym` integers of b bits: `narrow` scale = absmax / (2^(b-1) - 1); `half` absmax / (2^(b-1) - 1/2);
+      `full` absmax / 2^(b-1); `signed` the entry of largest magnitude maps to -2^(b-1), so the scale carries a sign.
+      Default `signed` for weights (`when` unset), `half` for activations and where scales have no sign, `narrow` for
+      ternary and shared exponents, `full` for unsigned integers (scale = max / (2^b - 1); negative entries clamp to 0).
     - `granularity`: `tensor`, `channel [axis=]`, `token`, `group=N [axis=]`, `block=RxC`. Default `channel` for
       weights, `token` where dynamic, `tensor` where static. Default axis: for `group` the last; for `channel` the
       first of a weight and the last of an activation; `axis=0,1` keeps two.
-    - `scale`: `scale=f32` (default), `f16`, `bf16`, `pow2` (rounded up), `pow2(floor)`, `pow2(round)`, `pow2(midmax)`.
-    - `zero`: `zero=none` for `sym`; `zero=int` (in the code range; default) or `zero=float` for `asym`.
-    - `when`: `static` or `dynamic` for activations, unset for weights.
-    - `observer`: `absmax` (default of `sym`), `minmax` (default of `asym`), `percentile=99.999`, `mse`, `mse=2.4`.
+    - `stack=0`: that axis stacks tensors (experts); what a tensor has one of, each of them has.
+    - `scale`: `scale=f32` (default), `f16`, `bf16`, `pow2` (rounded up), `pow2(floor)`, `pow2(round)`, `pow2(midmax)`,
+      `e8m0(rule)`, `e4m3` (with a global scale), `e4m3(bare)`, `micro(16)`; `double=8x256` quantizes the scales (see
+      `qcompile.numerics.scale_type`). `scaling_min=1e-5` keeps them from being smaller.
+    - `zero`: `zero=none` for `sym`; `zero=int` (in the code range; default), `zero=float`, or `zero=8x128` (quantized
+      as `double` scales are) for `asym`.
+    - `via=e4m3fn`: values are rounded to that element, one scale per tensor, before they are quantized and after they
+      are dequantized, so that a kernel can compute with it.
+    - `when`: `static` or `dynamic` for activations, unset for weights; `no_scale` casts to a float element.
+    - `observer`: `absmax` (default of `sym`), `minmax` (default of `asym`), `percentile=99.999`, `mse`, `mse=2.4`,
+      `golden`, `hqo`.
 
     The constructor takes every field resolved and refuses impossible combinations with SpecError.
     """
@@ -56,9 +67,12 @@ class QuantSpec:
     zero: Zero
     when: When | None
     observer: Criterion
+    via: FloatElement | None = None
+    stack: int | None = None
+    scaling_min: float | None = None
 
     def __post_init__(self) -> None:
-        if (reason := _impossible(self)) is not None:
+        if (reason := impossible(self)) is not None:
             raise SpecError(f"{self}: {reason}")
 
     @classmethod
@@ -75,7 +89,7 @@ class QuantSpec:
         """
         return spec_fields.build(fields)
 
-    def fields(self) -> dict[str, str | int]:
+    def fields(self) -> dict[str, str | int | float]:
         """Plain values that `from_fields` reads back; defaults are left out, but for symmetry and granularity."""
         return spec_fields.describe(self)
 
@@ -96,18 +110,25 @@ class QuantSpec:
 
     @property
     def signed(self) -> bool:
-        """Whether codes can be negative."""
-        return self.element.signed
+        """Whether codes can be negative: they are held as int8, not uint8."""
+        return self.storage == torch.int8
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether values can be negative: not where an unsigned integer has no zero-point."""
+        return self.signed or not self.symmetric or not isinstance(self.element, IntElement)
 
     @property
     def qmin(self) -> int:
         """The lowest code in use."""
+        if not isinstance(self.element, IntElement):
+            return 0
         return self.element.lowest + (self.range == "narrow" and not self.element.ternary)
 
     @property
     def qmax(self) -> int:
         """The highest code in use."""
-        return self.element.highest
+        return self.element.highest if isinstance(self.element, IntElement) else (1 << self.bits) - 1
 
     @property
     def storage(self) -> torch.dtype:
@@ -116,85 +137,39 @@ class QuantSpec:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """The dtype of a scale tensor."""
+        """The dtype of a scale tensor as it is stored."""
         return scale_dtype(self.scale)
 
     @property
     def zero_dtype(self) -> torch.dtype:
-        """The dtype of a zero-point tensor: that of codes for `zero=int`, of scales for `zero=float`."""
-        return self.scale_dtype if self.zero == "float" else self.storage
+        """The dtype of a zero-point tensor as it is stored."""
+        return zero_type(self)[0]
+
+    @property
+    def keeps_nan(self) -> bool:
+        """Whether nan and infinity in a tensor have a home: a nan scale, or a code of their own."""
+        if isinstance(self.scale, E8M0Scale):
+            return True
+        return self.when == "no_scale" and self.element.has_nan
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The scale's shape for a tensor of `shape` (sizes may be symbolic); SpecError where groups do not divide."""
         return self.granularity.scale_shape(shape)
 
+    def parameters(self, shape: Sequence[int]) -> tuple[Parameter, ...]:
+        """What is stored beside the codes of a tensor of `shape`: scale, zero-point (asym), and what decoding those
+        needs ("outer" parameters), in the order of `choose_qparams`'s result. Raises as `scale_shape` does.
+        """
+        return parameters(self, shape)
+
     def bits_per_element(self, shape: Sequence[int]) -> float:
-        """Bits of codes, scales and zero-points together, over the elements of a tensor of `shape`."""
+        """Bits of codes and of all parameters together, over the elements of a tensor of `shape`."""
         if (elements := math.prod(shape)) == 0:
             return float(self.bits)
-        zero_bits = {"none": 0, "int": self.bits, "float": scale_bits(self.scale)}[self.zero]
-        overhead = math.prod(self.scale_shape(shape)) * (scale_bits(self.scale) + zero_bits)
-        return self.bits + overhead / elements
+        return self.bits + sum(p.bits * math.prod(p.shape) for p in self.parameters(shape)) / elements
 
     def quantize(self, tensor: Tensor) -> QTensor:
-        """Choose parameters for `tensor` (any float dtype) and round it: codes, scale, zero-point and this spec."""
+        """Choose parameters for `tensor` (any float dtype) and round it: codes, parameters and this spec."""
         from qcompile.numerics.qtensor import quantize_tensor  # that module needs this one
 
         return quantize_tensor(tensor, self)
-
-
-def _impossible(spec: QuantSpec) -> str | None:
-    """Why `spec` cannot be, and the way out; None where it can."""
-    return _range_reason(spec) or _zero_reason(spec) or _scale_reason(spec) or _observer_reason(spec)
-
-
-def _range_reason(spec: QuantSpec) -> str | None:
-    bits = spec.bits
-    if spec.range not in ("signed", "half", "full", "narrow"):
-        return f"unknown range {spec.range!r}; use signed, half, full or narrow"
-    if spec.element.ternary:
-        if not spec.symmetric:
-            return "ternary has no zero-point; use sym, or int2 asym"
-        return (
-            None if spec.range == "narrow" else f"ternary is the narrow two-bit range; drop {spec.range}, or use int2"
-        )
-    if not spec.symmetric:
-        return None if spec.range == "full" else f"asym always uses every code; drop {spec.range}, or use sym"
-    if not spec.signed:
-        way_out = f"drop {spec.range}, or use int{bits}"
-        return None if spec.range == "full" else f"range {spec.range} needs negative codes; {way_out}"
-    if bits == 1 and spec.range in ("narrow", "half"):
-        return f"range {spec.range} rounds every value to 0 with one bit; use signed, or asym"
-    return None
-
-
-def _zero_reason(spec: QuantSpec) -> str | None:
-    if spec.zero not in ("none", "int", "float"):
-        return f"unknown zero {spec.zero!r}; use zero=int, zero=float or zero=none"
-    if spec.symmetric and spec.zero != "none":
-        return f"sym has no zero-point; drop zero={spec.zero}, or use asym"
-    if not spec.symmetric and spec.zero == "none":
-        return "asym needs a zero-point; drop zero=none, or use sym"
-    return None
-
-
-def _scale_reason(spec: QuantSpec) -> str | None:
-    if spec.scale not in SCALE_TYPES:
-        return f"unknown scale {spec.scale!r}; use scale={', scale='.join(SCALE_TYPES)}"
-    if spec.when not in (None, "static", "dynamic"):
-        return f"unknown when {spec.when!r}; use static, dynamic, or neither for a weight"
-    if spec.when == "static" and isinstance(spec.granularity, PerToken | PerGroup | PerBlock):
-        return (
-            f"{spec.granularity} has one scale for every token, unknown before run time; use dynamic, tensor or channel"
-        )
-    return None
-
-
-def _observer_reason(spec: QuantSpec) -> str | None:
-    if not isinstance(spec.observer, AbsMax | MinMax | Percentile | LeastError):
-        return f"{spec.observer!r} is not an observer; use absmax, minmax, percentile or mse"
-    if spec.symmetric and isinstance(spec.observer, MinMax):
-        return "minmax needs a zero-point to move; use absmax, or asym"
-    if not spec.symmetric and isinstance(spec.observer, AbsMax):
-        return "absmax would waste the codes of the shorter side; use minmax, or sym"
-    return None

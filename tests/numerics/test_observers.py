@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qcompile.errors import SpecError
-from qcompile.numerics import QuantSpec, choose_qparams, dequantize, quantize, sqnr_db
+from qcompile.numerics import QParams, QuantSpec, choose_qparams, dequantize, quantize, sqnr_db
+from qcompile.numerics.fit import Fit
 from qcompile.numerics.histogram import FloatHistogram
 from qcompile.numerics.observers import Observer
-from qcompile.numerics.params import qparams_from_range
 
 GRANULARITIES = ["tensor", "channel"]
 ELEMENTS = ["int8", "int4 signed", "int8 asym", "uint4 asym zero=float", "uint8"]
@@ -40,8 +40,8 @@ def together(xs: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("text", ELEMENTS)
 def test_extremes_are_exact(text: str, granularity: str) -> None:
     spec = QuantSpec.parse(f"{text} {granularity} static")
-    scale, zero = observed(spec, batches()).qparams()
-    want_scale, want_zero = choose_qparams(together(batches()), spec)
+    scale, zero, _ = observed(spec, batches()).qparams()
+    want_scale, want_zero, _ = choose_qparams(together(batches()), spec)
     assert torch.equal(scale, want_scale)
     assert (zero is None) == (want_zero is None)
     assert zero is None or want_zero is None or torch.equal(zero, want_zero)
@@ -52,8 +52,8 @@ def test_extremes_are_exact(text: str, granularity: str) -> None:
 @pytest.mark.parametrize("percent", [60, 90, 99, 99.99, 100])
 def test_percentiles_are_within_the_width_of_a_bin(text: str, granularity: str, percent: float) -> None:
     spec = QuantSpec.parse(f"{text} {granularity} static percentile={percent}")
-    scale, _ = observed(spec, batches()).qparams()
-    want, _ = choose_qparams(together(batches()), spec)
+    scale, *_ = observed(spec, batches()).qparams()
+    want, *_ = choose_qparams(together(batches()), spec)
     width = 2.0**-7 if granularity == "tensor" else 2.0**-5
     assert bool(((scale / want - 1).abs() <= width).all())
     if percent == 100:
@@ -63,7 +63,7 @@ def test_percentiles_are_within_the_width_of_a_bin(text: str, granularity: str, 
 def test_rank_of_a_percentile_is_off_by_less_than_one_bin() -> None:
     x = together(batches()).abs().flatten()
     spec = QuantSpec.parse("int8 static percentile=99.5")
-    scale, _ = observed(spec, batches()).qparams()
+    scale, *_ = observed(spec, batches()).qparams()
     rank = int((x <= scale.item() * 127.5).sum())
     bin_width = scale.item() * 127.5 * 2.0**-7
     in_a_bin = int(((x - scale.item() * 127.5).abs() <= bin_width).sum())
@@ -81,8 +81,9 @@ def test_mse_is_as_good_as_on_all_data(text: str, granularity: str, norm: str) -
     streamed = observed(spec, [b.abs() if not spec.signed and spec.symmetric else b for b in batches()]).qparams()
     exact = choose_qparams(x, spec)
 
-    def db(params: tuple[torch.Tensor, torch.Tensor | None]) -> float:
-        return sqnr_db(x, dequantize(quantize(x, *params, spec), *params, spec))
+    def db(params: QParams) -> float:
+        scale, zero, _ = params
+        return sqnr_db(x, dequantize(quantize(x, scale, zero, spec), scale, zero, spec))
 
     assert db(streamed) >= db(exact) - 0.15
 
@@ -100,7 +101,7 @@ def test_order_and_merging_change_nothing(text: str, granularity: str) -> None:
     for other in (nothing.qparams(), observed(spec, xs[::-1]).qparams()):
         assert torch.equal(whole[0], other[0])
         assert whole[1] is None or torch.equal(whole[1], other[1])
-    assert len(left.qparams()) == 2  # what was merged in is left as it was
+    assert left.qparams() is not None  # what was merged in is left as it was
     assert torch.equal(left.qparams()[0], observed(spec, xs[4:]).qparams()[0])
 
 
@@ -126,7 +127,7 @@ def test_error_of_a_histogram_is_that_of_its_entries(text: str, factor: float, s
     spec = QuantSpec.parse(f"{text} channel")
     x = sign * torch.stack([torch.linspace(-0.99, 1, 5000), torch.linspace(-2, 7, 5000), torch.linspace(3, 3.5, 5000)])
     low, high = x.amin(1), x.amax(1)
-    scale, zero = qparams_from_range(low * factor, high * factor, spec, x.dtype)
+    scale, zero, _ = Fit.start(low * factor, high * factor, spec, x.dtype, (), (1,)).stored((), (1,))
     histogram = FloatHistogram(3, 7, x.device)
     histogram.add(x)
     column = None if zero is None else zero.unsqueeze(1)
@@ -141,7 +142,7 @@ def test_error_of_a_histogram_is_that_of_its_entries(text: str, factor: float, s
 def test_constant_data(text: str, value: float) -> None:
     spec = QuantSpec.parse(f"{text} tensor static")
     x = torch.full((2, 3, 4), value)
-    scale, zero = observed(spec, [x, x]).qparams()
+    scale, zero, _ = observed(spec, [x, x]).qparams()
     restored = dequantize(quantize(x, scale, zero, spec), scale, zero, spec)
     assert torch.allclose(restored, x, rtol=0.01)
 
@@ -149,7 +150,7 @@ def test_constant_data(text: str, value: float) -> None:
 def test_half_precision_and_empty_batches() -> None:
     spec = QuantSpec.parse("int8 static")
     xs = [x.to(torch.bfloat16) for x in batches()]
-    scale, _ = observed(spec, [torch.empty(2, 0, 8, dtype=torch.bfloat16), *xs]).qparams()
+    scale, *_ = observed(spec, [torch.empty(2, 0, 8, dtype=torch.bfloat16), *xs]).qparams()
     assert torch.equal(scale, choose_qparams(together(xs), spec)[0])
 
 

@@ -38,8 +38,8 @@ class Simulated(nn.Module):
     @staticmethod
     def simulate(x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
         ops = torch.ops.qcompile
-        scale, zero = ops.choose_qparams(x, spec)
-        point = zero if "asym" in spec else None
+        scale, *rest = ops.choose_qparams(x, spec)
+        point = rest[0] if rest else None
         codes = ops.quantize(x, scale, point, spec)
         return ops.dequantize(codes, scale, point, spec, dtype=torch.float32), scale
 
@@ -80,8 +80,8 @@ def test_programs_export_with_dynamic_batch_and_sequence(spec: str, scale_shape:
 def test_operators_pass_torchs_own_checks(text: str, dtype: torch.dtype) -> None:
     x = torch.randn(3, 4, 8).to(dtype)
     ops = torch.ops.qcompile
-    scale, zero = ops.choose_qparams(x, text)
-    point = zero if "asym" in text else None
+    scale, *rest = ops.choose_qparams(x, text)
+    point = rest[0] if rest else None
     codes = ops.quantize(x, scale, point, text)
     torch.library.opcheck(ops.choose_qparams.default, (x, text))
     torch.library.opcheck(ops.quantize.default, (x, scale, point, text))
@@ -94,10 +94,11 @@ def test_operators_are_the_numerics() -> None:
     ops = torch.ops.qcompile
     for text in ("int4 sym group=8", "int4 asym group=8 zero=float"):
         want = QuantSpec.parse(text).quantize(x)
-        scale, zero = ops.choose_qparams(x, text)
+        scale, *rest = ops.choose_qparams(x, text)
         assert torch.equal(scale, want.scale)
-        assert torch.equal(zero, torch.empty(0, dtype=torch.int8) if want.zero_point is None else want.zero_point)
-        point = None if want.zero_point is None else zero
+        point = None if want.zero_point is None else rest[0]
+        assert len(rest) == (want.zero_point is not None)
+        assert point is None or torch.equal(point, want.zero_point)
         codes = ops.quantize(x, scale, point, text)
         assert torch.equal(codes, want.codes)
         assert torch.equal(ops.dequantize(codes, scale, point, text), want.dequantize())
@@ -106,14 +107,14 @@ def test_operators_are_the_numerics() -> None:
 
 def test_schemas_are_the_documented_ones() -> None:
     assert str(torch.ops.qcompile.choose_qparams.default._schema) == (
-        "qcompile::choose_qparams(Tensor x, str spec) -> (Tensor scale, Tensor zero_point)"
+        "qcompile::choose_qparams(Tensor x, str spec, Tensor[]? outer=None) -> Tensor[]"
     )
     assert str(torch.ops.qcompile.quantize.default._schema) == (
-        "qcompile::quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor"
+        "qcompile::quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, Tensor[]? outer=None) -> Tensor"
     )
     assert str(torch.ops.qcompile.dequantize.default._schema) == (
         "qcompile::dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, "
-        "ScalarType? dtype=None) -> Tensor"
+        "ScalarType? dtype=None, Tensor[]? outer=None) -> Tensor"
     )
 
 

@@ -12,7 +12,8 @@ from oracles import integer_quantization as oracle
 
 from qcompile.errors import SpecError
 from qcompile.numerics import QuantSpec, choose_qparams, dequantize, quantize, sqnr_db
-from qcompile.numerics.params import error_grid, qparams_from_range
+from qcompile.numerics.fit import Fit
+from qcompile.numerics.search import candidates
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -22,7 +23,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def scale_of(text: str, values: list[float]) -> float:
-    scale, zero = choose_qparams(torch.tensor([values]), QuantSpec.parse(text))
+    scale, zero, _ = choose_qparams(torch.tensor([values]), QuantSpec.parse(text))
     assert zero is None
     return scale.item()
 
@@ -41,11 +42,11 @@ def test_the_four_symmetric_ranges() -> None:
 
 def test_asymmetric_ranges_hold_zero() -> None:
     for values, want in (([3.0, 15.0], (1.0, -8)), ([-15.0, -3.0], (1.0, 7)), ([-5.0, 10.0], (1.0, -3))):
-        scale, zero = choose_qparams(torch.tensor([values]), QuantSpec.parse("int4 asym"))
+        scale, zero, _ = choose_qparams(torch.tensor([values]), QuantSpec.parse("int4 asym"))
         assert zero is not None
         assert (scale.item(), zero.item()) == want
         assert zero.dtype == torch.int8
-    scale, zero = choose_qparams(torch.tensor([[-4.75, 10.25]]), QuantSpec.parse("uint4 asym zero=float"))
+    scale, zero, _ = choose_qparams(torch.tensor([[-4.75, 10.25]]), QuantSpec.parse("uint4 asym zero=float"))
     assert zero is not None
     assert (scale.item(), zero.item()) == (1.0, 4.75)
 
@@ -75,11 +76,13 @@ def test_power_of_two_scales_over_all_exponents(dtype: torch.dtype) -> None:
     rules = {"": (0, 1, 1, 1, 1), "(floor)": (0,) * 5, "(round)": (0, 0, 0, 1, 1), "(midmax)": (0, 0, 1, 1, 1)}
     for rule, ups in rules.items():
         spec = QuantSpec.parse(f"uint1 scale=pow2{rule}")
-        scale, _ = qparams_from_range(torch.zeros_like(high), high, spec, dtype)
+        scale = Fit.start(torch.zeros_like(high), high, spec, dtype, (), (1, 1)).units
         assert scale.flatten().tolist() == [2.0 ** (e + up) for e in exponents for up in ups]
     spec = QuantSpec.parse("int4 scale=pow2")
-    scale, _ = choose_qparams(torch.tensor([[5.0], [-5.0]]), spec)
-    assert scale.flatten().tolist() == [-1.0, 1.0]
+    scale, *_ = choose_qparams(torch.tensor([[5.0], [-5.0]]), spec)
+    assert scale.flatten().tolist() == [1.0, 1.0]
+    with pytest.raises(SpecError, match="scales with a sign"):
+        QuantSpec.parse("int4 signed scale=pow2")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +186,7 @@ def test_half_precision_input_is_computed_in_float32() -> None:
 def test_percentiles_agree_with_a_sort(percent: float, count: int, seed: int, text: str) -> None:
     x = gaussian(2, count, seed=seed).to(torch.float64)
     spec = QuantSpec.parse(f"{text} percentile={percent!r}")
-    scale, _ = choose_qparams(x, spec)
+    scale, *_ = choose_qparams(x, spec)
     for row in range(2):
         entries = x[row].tolist()
         if text == "int8 half":
@@ -199,7 +202,7 @@ def test_percentiles_agree_with_a_sort(percent: float, count: int, seed: int, te
 
 def test_a_signed_scale_keeps_its_sign_under_percentile() -> None:
     x = torch.cat([torch.full((1, 99), 0.5), torch.tensor([[9.0]])], dim=1)
-    scale, _ = choose_qparams(x, QuantSpec.parse("int4 percentile=90"))
+    scale, *_ = choose_qparams(x, QuantSpec.parse("int4 percentile=90"))
     assert scale.item() == -0.5 / 8
 
 
@@ -217,11 +220,11 @@ def test_mse_takes_the_best_of_its_grid(text: str) -> None:
         return ((restored - x).abs().double() ** norm).reshape(6, -1, columns).sum(-1)
 
     groups = x.reshape(6, -1, columns)
-    candidates = []
-    for factor in error_grid(spec):
-        scale, zero = qparams_from_range(groups.amin(-1) * factor, groups.amax(-1) * factor, spec, x.dtype)
-        candidates.append(errors(dequantize(quantize(x, scale, zero, spec), scale, zero, spec)))
-    assert torch.allclose(errors(q.dequantize()), torch.stack(candidates).amin(0), rtol=1e-5)
+    tried = []
+    for fit in candidates(Fit.start(groups.amin(-1), groups.amax(-1), spec, x.dtype, (), (1, 1))):
+        scale, zero, _ = fit.stored((), x.shape)
+        tried.append(errors(dequantize(quantize(x, scale, zero, spec), scale, zero, spec)))
+    assert torch.allclose(errors(q.dequantize()), torch.stack(tried).amin(0), rtol=1e-5)
     plain = spec.with_fields({"observer": None}).quantize(x)
     assert bool((errors(q.dequantize()) <= errors(plain.dequantize()) * (1 + 1e-6)).all())
 

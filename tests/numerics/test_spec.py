@@ -40,6 +40,12 @@ def spec_words(draw: st.DrawFn) -> list[str]:
         when,
         draw(st.sampled_from(observers)),
     ]
+    if "scale=pow2" in words[4] and words[2] == "signed":
+        words[2] = "half"
+    if "scale=pow2" in words[4] and element == "int1" and symmetric:
+        words[2] = "full"
+    if element == "int1" and symmetric and words[6]:
+        words[2] = words[2] or "full"
     return " ".join(words).split()
 
 
@@ -122,14 +128,14 @@ def test_code_ranges(text: str, codes: tuple[int, int], storage: torch.dtype) ->
     ("text", "said"),
     [
         ("", "unknown element ''"),
-        ("int9", "did you mean 'int8'"),
+        ("int9", "1 to 8 bits, not 9"),
         ("sym int4", "unknown element 'sym'"),
         ("int4 sim", "did you mean 'sym'"),
         ("int4 grop=32", "did you mean 'group'"),
         ("int4 chanel", "did you mean 'channel'"),
         ("int4 scale=fp16", "did you mean 'f16'"),
         ("int4 group", "did you mean 'group='"),
-        ("int4 observer=hqo", "observers are absmax"),
+        ("int4 observer=mean", "observers are absmax"),
         ("int4 sym asym", "sets symmetry again"),
         ("int4 tensor channel", "sets granularity again"),
         ("int4 group=32 tensor", "keep one"),
