@@ -31,8 +31,6 @@ from qcompile.manifest import Manifest, TensorEntry, describe_files
 from qcompile.recipe import Recipe
 from qcompile.report import CompileReport
 
-_PARTS = ("codes", "scale", "zero_point")
-
 
 @dataclass(frozen=True, eq=False)
 class CompiledModel:
@@ -110,16 +108,19 @@ class CompiledModel:
         )
 
     def _tensors(self) -> dict[str, TensorEntry]:
-        """Every weight as it is saved: codes lie one a byte, their scales and zero-points counted with them."""
+        """Every weight as it is saved, scales, zero-points and outer parameters counted with their codes."""
+        from qcompile.capture.packed import packings, weight_parts
+
         specs, sqnr, store = quantized_weights(self.program), self.report.sqnr(), self.program.weights
-        parts = {name: [k for k in (f"{name}.{p}" for p in _PARTS) if k in store] for name in specs}
+        packed, parts = packings(self.program), weight_parts(self.program)
+        sizes = {key: packed[key].nbytes if key in packed else store.nbytes(key) for key in store}
         taken = {key for keys in parts.values() for key in keys}
         tensors = {}
         for name, keys in [*parts.items(), *((key, [key]) for key in store if key not in taken)]:
-            shape, dtype = store.meta(keys[0])
-            elements, size = int(torch.Size(shape).numel()), sum(store.nbytes(k) for k in keys)
+            (shape, dtype), packing = store.meta(keys[0]), packed.get(keys[0])
+            elements, size = int(torch.Size(shape).numel()), sum(sizes[key] for key in keys)
             tensors[name if name not in tensors else f"{name} (float copy)"] = TensorEntry(
-                container=SHORT[dtype],
+                container=SHORT[dtype] if packing is None else f"{'i' if packing.signed else 'u'}{packing.bits}",
                 elements=elements,
                 bytes=size,
                 bits_per_element=round(8 * size / max(1, elements), 4),

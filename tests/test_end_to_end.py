@@ -108,9 +108,9 @@ def test_save_and_load_give_the_same_codes(tmp_path: Path) -> None:
     ids = torch.arange(5)[None]
     assert torch.equal(loaded(input_ids=ids), compiled(input_ids=ids))
     manifest = qcompile.verify(tmp_path / "saved").manifest
-    assert manifest.quantized_bits_per_weight == pytest.approx(8.25)  # a code a byte, a float32 scale for 128 codes
-    assert 8.25 < manifest.bits_per_weight < 32
-    assert {t.container for t in manifest.tensors.values()} == {"i8", "f32"}
+    assert manifest.quantized_bits_per_weight == pytest.approx(4.25)  # 4 bits a code, a float32 scale for 128 codes
+    assert 4.25 < manifest.bits_per_weight < 32
+    assert {t.container for t in manifest.tensors.values()} == {"i4", "f32"}
 
 
 def test_the_same_inputs_give_the_same_artifact(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""gguf: how quantized weights lie in the blocks of a GGUF file. No target of its own yet."""
