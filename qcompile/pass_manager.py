@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
+from qcompile.ir.run import fill
 from qcompile.ir.text import target_name
 from qcompile.pass_base import CalibratedPass, Pass, Report
 
@@ -141,7 +142,7 @@ class Drift:
 
     def before(self, index: int, pass_: Pass, program: Program) -> None:
         if pass_.preserves_function or not self.only_preserving:
-            self.last = self.last or program.run(self.feeds)
+            self.last = self.last or program.run(_fitting(self.feeds, program))
 
     def after(self, index: int, pass_: Pass, program: Program, report: Report) -> None:
         if self.only_preserving and not pass_.preserves_function:
@@ -149,7 +150,7 @@ class Drift:
             return
         if self.at is not None and index not in self.at:
             return
-        now = program.run(self.feeds)
+        now = program.run(_fitting(self.feeds, program))
         report.drift = drift(now, self.last)
         self.last = now
         if self.tolerance is not None and pass_.preserves_function and not report.drift <= self.tolerance:
@@ -159,17 +160,26 @@ class Drift:
             )
 
 
+def _fitting(feeds: dict[str, Tensor], program: Program) -> dict[str, Tensor]:
+    """`feeds` for the inputs that the program has by now: a pass may have changed those of a cache."""
+    inputs = {node.name: node.meta["val"].dtype for node in program.inputs}
+    return fill(program, {name: feed for name, feed in feeds.items() if inputs.get(name) == feed.dtype})
+
+
 def op_counts(program: Program) -> Counter[str]:
     """How often each operator is called."""
     return Counter(target_name(node.target) for node in program.nodes)
 
 
 def drift(now: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    """max |now − before| / max |before|, the largest over floating-point outputs; inf where shapes differ or nan."""
+    """max |now − before| / max |before|, the largest over floating-point outputs; inf where shapes differ or nan.
+
+    An output that is codes now (a cache, say) is not compared.
+    """
     worst = 0.0
     for name, old in before.items():
         new = now.get(name)
-        if not old.is_floating_point() or old.numel() == 0:
+        if not old.is_floating_point() or old.numel() == 0 or (new is not None and not new.is_floating_point()):
             continue
         if new is None or new.shape != old.shape:
             return float("inf")
@@ -204,7 +214,7 @@ def bisect(
     def moved(count: int) -> float:
         copy = program.clone()
         PassManager(passes, batches=batches, stop_after=count).run(copy)
-        return drift(copy.run(feeds), reference)
+        return drift(copy.run(_fitting(feeds, copy)), reference)
 
     if (whole := moved(len(passes))) <= tolerance:
         return None

@@ -143,6 +143,31 @@ def test_drift_refuses_a_pass_that_breaks_its_promise(program: Program) -> None:
         PassManager([DoubleNegate(), Spoil()], [Drift(FEEDS, tolerance=1e-6)]).run(program)
 
 
+CACHED = """\
+def main(input_ids: i64[batch, sequence], past_key_values_0_key: f32[batch, 1, past, 4], *, e: f32[9, 4]):
+    x = aten.embedding.default(e, input_ids)
+    n = aten.unsqueeze.default(x, 1)
+    k = aten.cat.default([past_key_values_0_key, n], 2)
+    y = aten.sum.dim_IntList(k, [2])
+    return {"logits": y, "present_0_key": k}"""
+
+
+def test_drift_goes_on_where_a_pass_changed_the_inputs() -> None:
+    from qcompile.ir.run import fill
+    from qcompile.passes.cleanup.drop_identities import DropIdentities
+    from qcompile.passes.quantize.kv_cache import QuantizeKVCache
+
+    program = Program.parse(CACHED)
+    feeds = fill(program, {"input_ids": torch.arange(6).view(2, 3)})
+    passes = [DropIdentities(), QuantizeKVCache(keys="int8 sym token dynamic"), DropIdentities()]
+    assert bisect(program, passes, feeds, 0.5) is None
+    reports = PassManager(passes, [Drift(feeds)]).run(program)
+    assert "past_key_values_0_key_scale" in {node.name for node in program.inputs}
+    assert [report.drift for report in reports][::2] == [0.0, 0.0]
+    assert reports[1].drift is not None
+    assert 0 < reports[1].drift < 0.01  # of the logits; what the cache holds is codes now
+
+
 def test_drift_measures() -> None:
     one, ints = torch.tensor([4.0, -8.0]), torch.tensor([1, 2])
     assert drift({"a": one, "i": ints}, {"a": one, "i": ints + 1}) == 0  # integers are not compared

@@ -17,6 +17,8 @@ from qcompile.errors import LoweringError, SpecError
 from qcompile.ir.program import Program
 from qcompile.numerics.element import IntElement
 from qcompile.numerics.granularity import PerBlock, PerGroup
+from qcompile.numerics.scale_type import DoubleScale, FloatScale, Pow2Scale
+from qcompile.numerics.spec import QuantSpec
 
 _OURS = (CHOOSE, QUANTIZE, DEQUANTIZE)
 _DTYPES = (torch.float32, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
@@ -88,6 +90,9 @@ def _quantized(program: Program, node: fx.Node) -> Iterator[str]:
     if not isinstance(spec.element, IntElement):
         yield f"{spec}: codes of {spec.element} are not written by onnx_qcdq; use int2 to int8"
         return
+    if (unfit := _unfit(spec)) is not None:
+        yield f"{spec}: {unfit}"
+        return
     if program.is_weight(operand) and node.target is not DEQUANTIZE:
         if node.target is CHOOSE:
             key = program.key(operand)
@@ -98,6 +103,19 @@ def _quantized(program: Program, node: fx.Node) -> Iterator[str]:
             yield reason
     elif not program.is_weight(operand) and _grouped_elsewhere(spec, len(shape_of(operand))):
         yield f"{spec}: groups of an activation lie along its last axis only; use token, or group= without axis="
+
+
+def _unfit(spec: QuantSpec) -> str | None:
+    """What DequantizeLinear has no form for in a spec of integers."""
+    if not isinstance(spec.scale, FloatScale | Pow2Scale):
+        return f"{spec.scale} scales have no form in DequantizeLinear; use scale=f32 or pow2"
+    if isinstance(spec.zero, DoubleScale) or spec.via is not None:
+        return "quantized zero-points and via= have no form in DequantizeLinear; use zero=int, without via"
+    return (
+        "fixed-point codes have no form in DequantizeLinear; use int8"
+        if isinstance(spec.element, IntElement) and spec.element.fraction
+        else None
+    )
 
 
 def _grouped_elsewhere(spec: object, rank: int) -> bool:

@@ -214,7 +214,7 @@ def _is_dynamic_quantize_linear(activation: QuantizedActivation) -> bool:
         and parse_spec(str(chosen.args[1])) == spec
         and spec.element == IntElement(8, signed=False)
         and isinstance(spec.granularity, PerTensor)
-        and (spec.zero, spec.scale, str(spec.observer)) == ("int", "f32", "minmax")
+        and (spec.zero, str(spec.scale), str(spec.observer)) == ("int", "f32", "minmax")
     )
 
 

@@ -17,7 +17,7 @@ from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, 
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
 from qcompile.numerics.criterion import AbsMax, MinMax
 from qcompile.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
-from qcompile.numerics.scale_type import is_pow2, scaling_min
+from qcompile.numerics.scale_type import FloatScale, scaling_min
 from qcompile.numerics.spec import QuantSpec
 
 
@@ -25,8 +25,9 @@ def why_not(spec: QuantSpec, rank: int) -> str | None:
     """Why parameters of `spec` cannot be chosen at run time, and the way out; None where they can."""
     if not isinstance(spec.observer, AbsMax | MinMax):
         return f"{spec}: observer {spec.observer} at run time has no ONNX form; use absmax or minmax, or static"
-    if is_pow2(spec.scale):
-        return f"{spec}: power-of-two scales at run time have no ONNX form; use scale=f32"
+    if not isinstance(spec.scale, FloatScale) or spec.scaling_min is not None:
+        kind = "scaling_min" if isinstance(spec.scale, FloatScale) else f"{spec.scale} scales"
+        return f"{spec}: {kind} at run time have no ONNX form; use scale=f32"
     if isinstance(spec.granularity, PerBlock):
         return f"{spec}: {spec.granularity} at run time has no ONNX form; use token or group="
     if isinstance(spec.granularity, PerGroup) and spec.granularity.axis % rank != rank - 1:

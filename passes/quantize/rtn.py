@@ -13,14 +13,17 @@ from typing import ClassVar
 from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import quantize_tensor
 from qcompile.pass_base import Pass, Report, register
-from qcompile.passes.quantize.sites import store_codes, weight_qdq
+from qcompile.passes.quantize.sites import naming, store_codes, weight_qdq
 from qcompile.progress import track
 
 
 @register
 @dataclass(frozen=True)
 class RTN(Pass):
-    """Round to nearest every weight that `insert-qdq` marked."""
+    """Round to nearest every weight that `insert-qdq` marked.
+
+    Raises SpecError, with the weight's name, for one that holds nan or infinity, where the format cannot.
+    """
 
     name: ClassVar[str] = "rtn"
     rounds_weights: ClassVar[bool] = True
@@ -28,9 +31,11 @@ class RTN(Pass):
     def run(self, program: Program) -> Report:
         report = Report()
         for place in track(weight_qdq(program), "rounding weights"):
-            report.rewrote(program.key(place.source), str(place.spec))
-            weight = program.weight(place.source)
-            store_codes(program, place, weight, quantize_tensor(weight, place.spec), report)
+            key, weight = program.key(place.source), program.weight(place.source)
+            with naming(key):
+                result = quantize_tensor(weight, place.spec)
+            store_codes(program, place, weight, result, report)
+            report.rewrote(key, str(place.spec))
         if not report.rewritten:
             report.note("no weight is marked for rounding; insert-qdq, before this pass, marks them")
         return report

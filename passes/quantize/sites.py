@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from qcompile.errors import SpecError
 from qcompile.ir.program import Program
+from qcompile.numerics.blocks import rows
 from qcompile.numerics.qtensor import QTensor, sqnr_db
 from qcompile.numerics.spec import QuantSpec
 from qcompile.pass_base import Report
@@ -29,7 +33,7 @@ class QDQ:
 
     @property
     def items(self) -> Mapping[int, fx.Node]:
-        """The getitem nodes: 0 the scale, 1 the zero-point where there is one."""
+        """The getitem nodes, by their place in `QuantSpec.parameters`: 0 is the scale."""
         return {index: n for n in self.params.users for index in n.args[1:] if isinstance(index, int)}
 
 
@@ -51,22 +55,39 @@ def weight_qdq(program: Program) -> list[QDQ]:
 
 
 def store_codes(program: Program, place: QDQ, weight: Tensor, result: QTensor, report: Report) -> None:
-    """Replace the computed codes, scale and zero-point of a weight, `weight`, by those of `result`.
+    """Replace the computed codes and parameters of a weight, `weight`, by those of `result`.
 
-    They are called ``<key>.codes``, ``<key>.scale`` and ``<key>.zero_point``; the float weight is dropped if nothing
-    else reads it. Records the signal to noise ratio of the result and its bits per weight in the report.
+    They are called ``<key>.codes``, ``<key>.scale``, ``<key>.zero_point`` and so on, by the names of
+    `QuantSpec.parameters`; the float weight is dropped if nothing else reads it. Records the signal to noise ratio of
+    the result and its bits per weight in the report, and how many blocks decode to nan where the format can say so.
     """
     key, module = program.key(place.source), place.params.meta["module"]
     stem = free_key(program, key, "codes")
-    figures = {"sqnr_db": sqnr_db(weight, result.dequantize(weight.dtype)), "bits_per_weight": result.bits_per_element}
+    values = result.dequantize(weight.dtype)
+    figures = {"sqnr_db": sqnr_db(weight, values), "bits_per_weight": result.bits_per_element}
     report.measure(stem, figures)
+    if not math.isfinite(figures["sqnr_db"]) and (broken := _blocks_of_nan(values, result.spec)):
+        count = math.prod(result.spec.scale_shape(values.shape))
+        report.note(f"{key}: {broken} of {count} blocks hold nan or infinity, and decode to nan")
     items = place.items
     replace_by_weight(program, place.quantize, f"{stem}.codes", result.codes, module)
-    replace_by_weight(program, items[0], f"{stem}.scale", result.scale, module)
-    if result.zero_point is not None:
-        replace_by_weight(program, items[1], f"{stem}.zero_point", result.zero_point, module)
+    for index, (name, tensor) in enumerate(result.parameters.items()):
+        replace_by_weight(program, items[index], f"{stem}.{name}", tensor, module)
     program.graph.erase_node(place.params)
     program.refresh()
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Let a SpecError raised inside (nan or infinity in a weight, say) begin with the weight it is about."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"weight {key!r}: {error}") from None
+
+
+def _blocks_of_nan(values: Tensor, spec: QuantSpec) -> int:
+    return int(rows(values.isnan(), spec.scale_shape(values.shape)).any(1).sum())
 
 
 def replace_by_weight(program: Program, node: fx.Node, key: str, tensor: Tensor, module: str) -> None:

@@ -11,41 +11,52 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qcompile.ir.moves import axis_back, moved, rank
+from qcompile.ir.products import Product, read_product
 from qcompile.ir.program import Program
 from qcompile.ir.text import target_name
 
 aten = torch.ops.aten
 
-Role = Literal["head", "router", "expert", "linear"]
+Role = Literal["head", "router", "expert", "convolution", "linear", "embedding"]
 
 
 @dataclass(frozen=True)
 class Contraction:
     """One multiplication of an activation by a weight.
 
-    Axes are counted from 0. `axis_in`, `axis_out` and `experts` are axes of the *stored* weight: the one that is summed
-    over, the one that becomes output features, and the stack of experts, None for a plain matrix.
+    Axes are counted from 0. `axis_in`, `axis_out`, `experts` and `kernel` are axes of the *stored* weight: the one that
+    is summed over, the one that becomes output features, the stack of experts (None for a plain matrix), and those that
+    a convolution's window slides along (empty for all else). With `groups` > 1 the output features come in that many
+    runs of equal length, each of which reads its own run of the input's features: `axis_in` then has a group's share.
     """
 
-    node: fx.Node  # linear, addmm, mm, matmul, bmm, baddbmm, grouped_mm
+    node: fx.Node  # linear, addmm, mm, matmul, bmm, baddbmm, grouped_mm, einsum, conv1d, conv2d, conv3d, convolution
     input: fx.Node  # the activation it reads
     weight: fx.Node  # the placeholder of the weight
     axis_in: int
     axis_out: int
     experts: int | None
     path: tuple[fx.Node, ...]  # moves, casts, quantize, dequantize from the weight to the node, in program order
-    operand: str  # schema name of the argument that the path ends in
+    operand: str  # schema name of the argument that the path ends in, or of the list that holds it
     input_axis: int  # the axis of `input` that is summed over
+    output_axis: int  # the axis of the result that is output features
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def op(self) -> str:
         """The operator's short name, e.g. ``linear``."""
         return short_name(self.node)
 
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Axes of the stored weight that ``[out, in]`` stand for in a recipe's spec."""
+        return self.axis_out, self.axis_in
+
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A product with a weight that is no `Contraction`, and why."""
+    """A product with a weight that is no `Contraction`, or a lookup in one that is no `Embedding`, and why."""
 
     node: fx.Node
     reason: str
@@ -53,83 +64,97 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Embedding:
-    """A lookup of rows of a weight ``[rows, features]`` by an integer input."""
+    """A lookup of rows of a weight ``[rows, features]`` by an integer input; axes are those of the stored weight."""
 
     node: fx.Node
     weight: fx.Node
     path: tuple[fx.Node, ...]
+    axis_rows: int = 0
+    axis_features: int = 1
+    operand: str = "weight"
+
+    @property
+    def op(self) -> str:
+        """The operator's short name."""
+        return short_name(self.node)
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Axes of the stored weight that ``[rows, features]`` stand for in a recipe's spec."""
+        return self.axis_rows, self.axis_features
+
+    @property
+    def experts(self) -> None:
+        """A table is no stack."""
+        return None
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """Which argument may be the activation and which the weight, by schema name, and their axes from the end."""
-
-    activation: str
-    weight: str
-    summed: int  # axis of the weight that is summed over
-    out: int  # axis of the weight that becomes output features
-    activation_summed: int
-
-
-def _product(left: str, right: str) -> tuple[_Operands, ...]:
-    """``left @ right``: the weight may stand on either side."""
-    return (_Operands(left, right, -2, -1, -1), _Operands(right, left, -1, -2, -2))
-
-
-_PRODUCTS: dict[str, tuple[_Operands, ...]] = {
-    "aten.linear.default": (_Operands("input", "weight", -1, -2, -1),),
-    "aten.addmm.default": _product("mat1", "mat2"),
-    "aten.mm.default": _product("self", "mat2"),
-    "aten.matmul.default": _product("self", "other"),
-    "aten.bmm.default": _product("self", "mat2"),
-    "aten.baddbmm.default": _product("batch1", "batch2"),
-    "aten._grouped_mm.default": _product("self", "mat2")[:1],
-    "transformers.grouped_mm_fallback.default": _product("input", "weight")[:1],
-}
-_UNREAD = {aten.einsum.default, aten.conv1d.default, aten.convolution.default}
+Found = Contraction | Embedding | Obstacle
 
 
 def find_contractions(program: Program) -> list[Contraction]:
     """Every contraction of `program`, in program order."""
-    return [found for found in _survey(program) if isinstance(found, Contraction)]
+    return [found for found in survey(program) if isinstance(found, Contraction)]
 
 
 def find_obstacles(program: Program) -> list[Obstacle]:
-    """Products with a weight (of two axes or more) that no pass on weights can see, each with the reason."""
-    return [found for found in _survey(program) if isinstance(found, Obstacle)]
+    """Products with a weight (of two axes or more), and lookups, that no pass on weights can see; each with the reason.
+
+    >>> text = "def main(x: f32[2, 4], *, w: f32[6, 4]):\\n    m = aten.mul.Tensor(w, 2.0)\\n"
+    >>> text += "    y = aten.linear.default(x, m)\\n    return {'y': y}"
+    >>> find_obstacles(Program.parse(text))[0].reason
+    'its weight is computed (mul, m) before it is multiplied'
+    """
+    return [found for found in survey(program) if isinstance(found, Obstacle)]
 
 
 def find_embeddings(program: Program) -> list[Embedding]:
     """Every lookup of rows of a weight, in program order."""
-    found = []
-    for node in program.calls(aten.embedding.default):
-        weight, path = _origin(program, program.arg(node, "weight"))
-        if program.is_weight(weight):
-            found.append(Embedding(node, weight, path))
-    return found
+    return [found for found in survey(program) if isinstance(found, Embedding)]
+
+
+def survey(program: Program) -> list[Found]:
+    """Every contraction, embedding and obstacle, in program order."""
+    constant = constants(program)
+    found: list[Found | None] = []
+    for node in program.nodes:
+        if node.target is aten.embedding.default:
+            found.append(_embedding(program, node, constant))
+        elif isinstance(node.target, OpOverload):
+            product = read_product(program, node, constant)
+            if isinstance(product, str):
+                found.append(Obstacle(node, product))
+            elif product is not None:
+                found.append(_contraction(program, node, product))
+    return [f for f in found if f is not None]
 
 
 def roles(program: Program, contractions: Iterable[Contraction] | None = None) -> dict[fx.Node, Role]:
     """What each contraction is for, by its node.
 
     ``head``: its result reaches the output ``logits`` with no other contraction between; ``router``: it reaches a topk
-    so; ``expert``: its weight is a stack of matrices; ``linear``: any other. The first that holds.
+    so; ``expert``: its weight is a stack of matrices; ``convolution``: a window slides; ``linear``: any other. The
+    first that holds.
     """
     found = list(find_contractions(program) if contractions is None else contractions)
     reaches = _reaches(program, {c.node for c in found})
-    table: dict[fx.Node, Role] = {}
-    for c in found:
-        ends = reaches[c.node]
-        table[c.node] = (
-            "head" if "logits" in ends else "router" if "topk" in ends else "linear" if c.experts is None else "expert"
-        )
-    return table
+    return {c.node: _role(c, reaches[c.node]) for c in found}
 
 
 def short_name(node: fx.Node) -> str:
     """The operator's name without namespace and overload: ``aten.linear.default`` ⟶ ``linear``."""
     parts = target_name(node.target).split(".")
     return parts[1] if len(parts) > 2 else parts[-1]
+
+
+def _role(c: Contraction, ends: frozenset[str]) -> Role:
+    if "logits" in ends:
+        return "head"
+    if "topk" in ends:
+        return "router"
+    if c.experts is not None:
+        return "expert"
+    return "convolution" if c.kernel else "linear"
 
 
 def _reaches(program: Program, barriers: set[fx.Node]) -> dict[fx.Node, frozenset[str]]:
@@ -148,62 +173,66 @@ def _reaches(program: Program, barriers: set[fx.Node]) -> dict[fx.Node, frozense
     return reaches
 
 
-def _survey(program: Program) -> list[Contraction | Obstacle]:
-    constant = _constants(program)
-    found: list[Contraction | Obstacle] = []
-    for node in program.nodes:
-        result: Contraction | Obstacle | None = None
-        if not isinstance(node.target, OpOverload):
-            continue
-        if node.target in _UNREAD:
-            result = _unread(node, constant)
-        elif (name := str(node.target)) in _PRODUCTS:
-            result = _contraction(program, node, _PRODUCTS[name], constant)
-        if result is not None:
-            found.append(result)
-    return found
+def _embedding(program: Program, node: fx.Node, constant: set[fx.Node]) -> Embedding | Obstacle | None:
+    table = program.arg(node, "weight")
+    if table not in constant:
+        return None
+    origin, path = _origin(program, table)
+    if not program.is_weight(origin):
+        return Obstacle(node, f"its table is computed ({short_name(origin)}, {origin.name}) before rows are looked up")
+    rows, features = _stored_axes(program, table, path)
+    if rows is None or features is None or rows == features or rank(origin) > 2:
+        shape = list(origin.meta["val"].shape)
+        return Obstacle(node, f"weight {program.key(origin)!r} {shape} is read as no table of rows and features")
+    return Embedding(node, origin, path, rows, features)
 
 
-def _unread(node: fx.Node, constant: set[fx.Node]) -> Obstacle | None:
-    if any(n in constant and rank(n) > 1 for n in node.all_input_nodes):
-        return Obstacle(node, f"{short_name(node)} with a weight is not taken apart")
-    return None
-
-
-def _contraction(
-    program: Program, node: fx.Node, operands: Iterable[_Operands], constant: set[fx.Node]
-) -> Contraction | Obstacle | None:
-    for roles_ in operands:
-        activation, weight = program.arg(node, roles_.activation), program.arg(node, roles_.weight)
-        if weight in constant and activation not in constant and rank(weight) > 1:
-            return _resolved(program, node, activation, weight, roles_)
-    return None
-
-
-def _resolved(
-    program: Program, node: fx.Node, activation: fx.Node, weight: fx.Node, operands: _Operands
-) -> Contraction | Obstacle | None:
+def _contraction(program: Program, node: fx.Node, product: Product) -> Contraction | Obstacle | None:
     """The contraction, with its axes followed back to the stored weight; an obstacle where that ends."""
-    origin, path = _origin(program, weight)
+    origin, path = _origin(program, product.weight)
     if not program.is_weight(origin):
         return Obstacle(node, f"its weight is computed ({short_name(origin)}, {origin.name}) before it is multiplied")
     if rank(origin) < 2:
         return None  # a vector times a vector, as a rotary embedding's frequencies times positions
-    axes = []
-    for axis, kind in ((operands.summed, "summed"), (operands.out, "output")):
-        place: int | None = axis % rank(weight)
+    name, shape = repr(program.key(origin)), list(origin.meta["val"].shape)
+    stored = _stored_axes(program, product.weight, path)
+    used = (product.summed, product.out, *product.kernel)
+    kinds = ("summed", "output", *("window" for _ in product.kernel))
+    places: list[int] = []
+    for axis, kind in zip(used, kinds, strict=True):
+        if (place := stored[axis]) is None:
+            return Obstacle(node, f"its {kind} axis is no single axis of the stored weight {name}")
+        places.append(place)
+    if split := [place for axis, place in enumerate(stored) if axis not in used and place in places]:
+        return Obstacle(node, f"weight {name} {shape} is read as a stack of parts of its axis {split[0]}")
+    rest = [axis for axis in range(rank(origin)) if axis not in places]
+    if len(set(places)) < len(places) or len(rest) > 1:
+        return Obstacle(node, f"weight {name} {shape} is read as no matrix and no stack of them")
+    return Contraction(
+        node,
+        product.activation,
+        origin,
+        axis_in=places[0],
+        axis_out=places[1],
+        experts=rest[0] if rest else None,
+        path=path,
+        operand=product.operand,
+        input_axis=product.activation_summed,
+        output_axis=product.result_out,
+        kernel=tuple(places[2:]),
+        groups=product.groups,
+    )
+
+
+def _stored_axes(program: Program, read: fx.Node, path: tuple[fx.Node, ...]) -> list[int | None]:
+    """For each axis of what is read, the axis of the stored weight that it is; None where it is no single one."""
+    stored: list[int | None] = []
+    for axis in range(rank(read)):
+        place: int | None = axis
         for move in reversed(path):
             place = axis_back(program, move, place) if place is not None else None
-        if place is None:
-            return Obstacle(node, f"its {kind} axis is no single axis of the stored weight {program.key(origin)!r}")
-        axes.append(place)
-    rest = [axis for axis in range(rank(origin)) if axis not in axes]
-    if axes[0] == axes[1] or len(rest) > 1:
-        shape = list(origin.meta["val"].shape)
-        return Obstacle(node, f"weight {program.key(origin)!r} {shape} is read as no matrix and no stack of them")
-    summed = max(operands.activation_summed, -rank(activation)) % rank(activation)
-    experts = rest[0] if rest else None
-    return Contraction(node, activation, origin, axes[0], axes[1], experts, path, operands.weight, summed)
+        stored.append(place)
+    return stored
 
 
 def _origin(program: Program, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -215,7 +244,7 @@ def _origin(program: Program, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ..
     return node, tuple(reversed(path))
 
 
-def _constants(program: Program) -> set[fx.Node]:
+def constants(program: Program) -> set[fx.Node]:
     """Nodes whose elements all come from weights: computed from weights alone, or gathered out of one."""
     constant: set[fx.Node] = set(program.weight_nodes)
     for node in program.nodes:

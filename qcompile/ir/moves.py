@@ -108,7 +108,7 @@ def _view(program: Program, node: fx.Node, axis: int) -> int | None:
     before, after = _sizes(source), _sizes(node)
     for old, new in _runs(before, after):
         if axis in new and (after[axis] != 1 or new == [axis]):
-            wide = [i for i in old if before[i] != 1]
+            wide = old if len(old) == 1 else [i for i in old if before[i] != 1]
             return wide[0] if len(wide) == 1 else None
     return None
 

@@ -145,7 +145,10 @@ def _getitem(program: Program) -> Iterator[str]:
             yield f"{node.name} takes item {index} of {len(source.meta['val'])}"
 
 
-@rule("codes-decoded", "what quantize makes is read by dequantize or moved by shape operators, never computed with")
+@rule(
+    "codes-decoded",
+    "what quantize makes is read by dequantize, or moved or packed by shape and bit operators, never computed with",
+)
 def _codes_decoded(program: Program) -> Iterator[str]:
     for node in program.calls(torch.ops.qcompile.quantize.default):
         for user in _through_moves(node):
@@ -202,11 +205,19 @@ _MOVES = {
     torch.ops.aten.unsqueeze.default,
     torch.ops.aten.squeeze.dim,
     torch.ops.aten.expand.default,
+    # several codes in a byte, and back
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.bitwise_and.Scalar,
+    torch.ops.aten.bitwise_or.Tensor,
+    torch.ops.aten.bitwise_xor.Scalar,
+    torch.ops.aten.bitwise_left_shift.Tensor_Scalar,
+    torch.ops.aten.bitwise_right_shift.Tensor_Scalar,
+    torch.ops.aten.sub.Scalar,
 }
 
 
 def _through_moves(node: fx.Node) -> Iterator[fx.Node]:
-    """Readers of `node`, looking through operators that only move elements."""
+    """Readers of `node`, looking through operators that only move or pack elements."""
     for user in node.users:
         if user.target in _MOVES:
             yield from _through_moves(user)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
 
+from qcompile.errors import nearest
 from qcompile.recipe.model import Calibration, Rule
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where something known is near `word`, else nothing."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+from qcompile.recipe.parts import PARTS
 
 
 def explain(error: ValidationError, top: type[BaseModel]) -> str:
@@ -36,4 +30,6 @@ def valid_names(field: str, top: type[BaseModel]) -> list[str]:
         return [f.name for f in dataclasses.fields(Rule)]
     if field == "calibration":
         return list(Calibration.model_fields)
+    if field in PARTS:
+        return PARTS[field].names()
     return list(top.model_fields)

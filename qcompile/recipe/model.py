@@ -14,10 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from qcompile.errors import RecipeError
-
-Spec = str | dict[str, str | int | float | bool | None] | None
-"""A quantization spec as a recipe holds it: a spec string, its fields, or null for float."""
+from qcompile.errors import RecipeError, nearest
+from qcompile.recipe.parts import PARTS, Attention, KVCache, Spec
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -29,9 +27,10 @@ class Rule:
     - `match`: a glob that must cover the whole name of the module, or of the weight (with or without ``.weight``).
       ``*`` is any run of characters, dots included, ``?`` is one, ``{0,31}`` is either.
     - `operator`: operators, as ``linear`` or ``addmm|mm``; - `layers`: layer numbers, as ``0-3,31`` (a place's layer is
-      the first number in its module's name); - `role`: head, router, expert or linear.
-    - `weights`, `activations`: a spec, null for float, or ``inherit`` for what would hold without the rule. A rule that
-      sets `weights: null` leaves the activation float too, unless it says otherwise.
+      the first number in its module's name); - `role`: head, router, expert, convolution, linear or embedding.
+    - `weights`, `activations`, `outputs`: a spec, null for float, or ``inherit`` for what would hold without the rule.
+      A rule that sets `weights: null` leaves input and result float too, unless it says otherwise. An embedding reads
+      integers, so that `activations` says nothing about it.
     - `optional`: matching nothing is no error.
     """
 
@@ -40,16 +39,17 @@ class Rule:
     match: str | None = None
     operator: str | None = None
     layers: str | int | None = None
-    role: Literal["head", "router", "expert", "linear"] | None = None
+    role: Literal["head", "router", "expert", "convolution", "linear", "embedding"] | None = None
     weights: Spec = "inherit"
     activations: Spec = "inherit"
+    outputs: Spec = "inherit"
     optional: bool = False
 
     def __post_init__(self) -> None:
         if all(selector is None for selector in (self.match, self.operator, self.layers, self.role)):
             raise ValueError("a rule needs a selector: match, operator, layers or role")
-        if self.weights == self.activations == "inherit":
-            raise ValueError("a rule needs something to set: weights or activations")
+        if self.weights == self.activations == self.outputs == "inherit":
+            raise ValueError("a rule needs something to set: weights, activations or outputs")
 
 
 class Calibration(BaseModel):
@@ -70,9 +70,13 @@ class Calibration(BaseModel):
 class Recipe(BaseModel):
     """What to do to a model. `str(recipe)` is YAML that `Recipe.parse` reads back.
 
-    - `weights`, `activations`: the specs of every contraction (a product of an activation and a weight) that no rule
-      says otherwise for; `head` and `router`: the weights of the output head and of expert routers, float by default;
-      an unquantized one keeps its input float too. `rules`: the first one that matches a place decides.
+    - `weights`, `activations`, `outputs`: the specs of every contraction (a product of an activation and a weight) that
+      no rule says otherwise for: its weight, its input, and its result with the bias that the operator itself adds.
+    - `head` and `router`: the weights of the output head and of expert routers, float by default; an unquantized one
+      keeps its input and its result float too.
+    - `embeddings`: the tables ``[rows, features]`` that token ids or positions are looked up in.
+    - `attention`, `kv_cache`: the values inside attention and what its cache holds; see `Attention` and `KVCache`.
+    - `rules`: the first one that matches a place (a contraction or an embedding) decides.
     - `passes`: run in this order, as ``name`` or ``name(option=value)``; see `pipeline` for what is added.
     - `calibration`: data for passes that look at what flows through the program.
     - `target`: the backend to lower to. `verify`: compare after ``each`` pass, at the ``end`` only, or not (``off``).
@@ -85,8 +89,12 @@ class Recipe(BaseModel):
     description: str = ""
     weights: Spec = None
     activations: Spec = None
+    outputs: Spec = None
     head: Spec = None
     router: Spec = None
+    embeddings: Spec = None
+    attention: Attention = Attention()
+    kv_cache: KVCache = KVCache()
     rules: tuple[Rule, ...] = ()
     passes: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
@@ -154,8 +162,6 @@ class Recipe(BaseModel):
         known = cls.presets()
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise RecipeError(f"recipe {name!r} is no file; give a YAML file, or a preset: {', '.join(known)}")
-        from qcompile.recipe.messages import nearest
-
         raise RecipeError(f"there is no preset {name!r}{nearest(name, known)}; presets are {', '.join(known)}")
 
     @classmethod
@@ -174,6 +180,8 @@ class Recipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `Recipe.load` reads back; what has its default is left out."""
         data = self.model_dump(exclude_defaults=True)
+        for name in PARTS.keys() & data.keys():
+            data[name] = getattr(self, name).plain()
         if self.rules:
             data["rules"] = [{k: v for k, v in vars(r).items() if v != getattr(Rule, k)} for r in self.rules]
         if self.passes:
@@ -207,4 +215,14 @@ class Recipe(BaseModel):
 def _line(key: str, value: Any) -> str:
     """One entry of a recipe as YAML, what is nested in flow style."""
     style = None if isinstance(value, (list, dict)) else False
-    return str(yaml.safe_dump({key: value}, sort_keys=False, width=10**9, allow_unicode=True, default_flow_style=style))
+    text = yaml.dump(
+        {key: value}, Dumper=_Dumper, sort_keys=False, width=10**9, allow_unicode=True, default_flow_style=style
+    )
+    return str(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that occurs twice twice, with no anchor."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from qcompile.errors import RecipeError, SpecError
-from qcompile.recipe.messages import nearest
-from qcompile.recipe.model import Calibration, Recipe, Rule, Spec
+from qcompile.errors import RecipeError, SpecError, nearest
+from qcompile.recipe.model import Calibration, Recipe, Rule
+from qcompile.recipe.parts import PARTS, Parts, Spec
 
-_SPECS = ("weights", "activations", "head", "router")
-_RULE_SPECS = ("weights", "activations")
+_SPECS = ("weights", "activations", "outputs", "head", "router", "embeddings")
+_OF_WEIGHTS = ("weights", "head", "router", "embeddings")
+_RULE_SPECS = ("weights", "activations", "outputs")
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
@@ -40,6 +41,8 @@ def _assign(recipe: Recipe, steps: list[str], value: Any) -> Recipe:
         data[first] = value
     elif first in _SPECS:
         data[first] = _with_field(getattr(recipe, first), first, rest, value)
+    elif first in PARTS:
+        data[first] = _with_part(getattr(recipe, first), first, rest, value)
     elif first == "calibration":
         _only(rest, list(Calibration.model_fields), "calibration")
         data[first] = {**recipe.calibration.model_dump(), rest[0]: value}
@@ -71,12 +74,29 @@ def _assign_item(data: dict[str, Any], first: str, rest: list[str], value: Any) 
     data[first] = items
 
 
+def _with_part(parts: Parts, where: str, rest: list[str], value: Any) -> Any:
+    """The parts with some of them, or one field of some, changed; a plain spec has fields of its own."""
+    name, deeper = rest[0], rest[1:]
+    if chosen := parts.parts_of(name):
+        changed = {p: _with_field(parts.specs[p], f"{where}.{p}", deeper, value) if deeper else value for p in chosen}
+        return {**parts.specs, **changed}
+    plain = parts.plain()
+    if plain is None or (isinstance(plain, dict) and "element" not in plain):
+        hint = "" if plain else f"; {where} is null, so set it or one of them first"
+        _known(name, parts.names(), f"{where} field", hint)
+    try:
+        return _with_field(plain, where, rest, value)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; the parts of {where} are {', '.join(parts.names())}") from None
+
+
 def _with_field(spec: Spec, where: str, rest: list[str], value: Any) -> str:
     """The spec with one field changed, as a spec string."""
     from qcompile.numerics.spec import QuantSpec
 
     if spec is None or spec == "inherit":
-        raise RecipeError(f"{where} is {spec or 'null'}, which has no fields; set it first, as {where}=int8 sym")
+        example = "int8 sym" if where.endswith(_OF_WEIGHTS) else "int8 sym dynamic"
+        raise RecipeError(f"{where} is {spec or 'null'}, which has no fields; set it first, as {where}={example}")
     try:
         parsed = QuantSpec.parse(spec) if isinstance(spec, str) else QuantSpec.from_fields(spec)
         return str(parsed.with_fields({".".join(rest): value}))
@@ -90,6 +110,7 @@ def _only(rest: list[str], names: list[str], where: str) -> None:
     _known(rest[0], names, f"{where} field")
 
 
-def _known(name: str, names: list[str], what: str) -> None:
+def _known(name: str, names: list[str], what: str, hint: str = "") -> None:
     if name not in names:
-        raise RecipeError(f"{what} {name!r} is unknown{nearest(name, names)}; the fields there are {', '.join(names)}")
+        fields = f"the fields there are {', '.join(names)}"
+        raise RecipeError(f"{what} {name!r} is unknown{nearest(name, names)}; {fields}{hint}")

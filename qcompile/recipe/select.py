@@ -8,33 +8,33 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qcompile.errors import RecipeError
-from qcompile.ir.contractions import Contraction, Role, short_name
+from qcompile.errors import RecipeError, nearest
+from qcompile.ir.contractions import Contraction, Embedding, Role, short_name
 from qcompile.ir.program import Program
 from qcompile.ir.text import target_name
-from qcompile.recipe.messages import nearest
 from qcompile.recipe.model import Rule
 
 
 @dataclass(frozen=True)
 class Place:
-    """A contraction as rules see it."""
+    """A contraction, or an embedding, as rules see it."""
 
-    contraction: Contraction
+    reader: Contraction | Embedding
     names: tuple[str, ...]  # of the module, of the weight, of the weight without ".weight"
     operators: tuple[str, ...]
     layer: int | None
     role: Role
 
 
-def places(program: Program, contractions: Sequence[Contraction], table: Mapping[fx.Node, Role]) -> list[Place]:
-    """What rules can select by, for each contraction."""
+def places(program: Program, readers: Sequence[Contraction | Embedding], table: Mapping[fx.Node, Role]) -> list[Place]:
+    """What rules can select by, for each contraction (its role is in `table`) and each embedding."""
     found = []
-    for c in contractions:
-        module, key = program.module_of(c.node), program.key(c.weight)
+    for reader in readers:
+        node = reader.node
+        module, key = program.module_of(node), program.key(reader.weight)
         names = tuple(dict.fromkeys(n for n in (module, key, key.removesuffix(".weight")) if n))
-        operators = (short_name(c.node), target_name(c.node.target))
-        found.append(Place(c, names, operators, layer_of(names[0]), table[c.node]))
+        operators = (short_name(node), target_name(node.target))
+        found.append(Place(reader, names, operators, layer_of(names[0]), table.get(node, "embedding")))
     return found
 
 
@@ -124,7 +124,7 @@ def _missing(test: _Test, found: Sequence[Place]) -> str:
         return f"no module or weight is called {rule.match!r}{close}"
     if test.operators is not None and not any(op in test.operators for place in found for op in place.operators):
         seen = sorted({place.operators[0] for place in found})
-        return f"no product is {rule.operator!r}, they are {', '.join(seen)}"
+        return f"no product or lookup is {rule.operator!r}, they are {', '.join(seen)}"
     if test.layers is not None and not any(place.layer in test.layers for place in named):
         layers = sorted({place.layer for place in named if place.layer is not None})
         return f"layers {rule.layers} are none of {', '.join(map(str, layers)) or 'its places, which have no layer'}"

@@ -1,26 +1,31 @@
 """Recipe specs as `QuantSpec`, and their granularity on the axes that a tensor really has.
 
-A recipe's granularities are written for a weight ``[out, in]`` and an activation ``[…, in]``: a channel is an output
-feature, a group runs along the axis that is summed over. Tensors are stored otherwise, too: ``[in, out]`` behind addmm,
-``[experts, out, in]``, an activation with its features in the middle.
+A recipe's granularities are written for a weight ``[out, in]``, a table ``[rows, features]`` and an activation
+``[…, features]``: a channel is an output feature or a row, a group runs along the axis that is summed over or along a
+row. Tensors are stored otherwise, too: ``[in, out]`` behind addmm, ``[experts, out, in]``, ``[out, in, *window]`` of a
+convolution (where groups run along ``in``, and each place of the window has its own), an activation with its features
+in the middle.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from torch import fx
+
 from qcompile.errors import RecipeError, SpecError
-from qcompile.ir.contractions import Contraction
+from qcompile.ir.contractions import Contraction, Embedding
 from qcompile.ir.moves import rank
 from qcompile.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qcompile.numerics.parameters import outer_names
 from qcompile.numerics.spec import QuantSpec
-from qcompile.recipe.model import Spec
+from qcompile.recipe.parts import Spec
 
 
 def weight_spec(spec: Spec, where: str) -> QuantSpec | None:
     """The spec of a weight. RecipeError, naming `where` in the recipe, for a bad one or one made for activations."""
     parsed = _parse(spec, where)
-    if parsed is not None and (parsed.when is not None or isinstance(parsed.granularity, PerToken)):
+    if parsed is not None and (parsed.when in ("static", "dynamic") or isinstance(parsed.granularity, PerToken)):
         raise RecipeError(f"{where}: {parsed} is for activations; a weight takes tensor, channel, group or block alone")
     return parsed
 
@@ -37,20 +42,26 @@ def _parse(spec: Spec, where: str) -> QuantSpec | None:
     if spec is None:
         return None
     try:
-        return QuantSpec.parse(spec) if isinstance(spec, str) else QuantSpec.from_fields(spec)
+        parsed = QuantSpec.parse(spec) if isinstance(spec, str) else QuantSpec.from_fields(spec)
     except SpecError as error:
         raise RecipeError(f"{where}: {error}") from None
+    if parsed.stack is not None:
+        raise RecipeError(f"{where}: {parsed}: which axis stacks experts is read off the program; drop stack=")
+    return parsed
 
 
-def on_weight(spec: QuantSpec, contraction: Contraction) -> QuantSpec:
-    """`spec`, written for ``[out, in]``, on the axes of the stored weight; each expert has scales of its own.
+def on_weight(spec: QuantSpec, reader: Contraction | Embedding) -> QuantSpec:
+    """`spec`, written for ``[out, in]`` (or ``[rows, features]``), on the axes of the stored weight.
 
-    Raises SpecError where the stored layout cannot express it.
+    Each expert has scales of its own. Raises SpecError where the stored layout cannot express it.
     """
-    c = contraction
-    axes, last = (c.axis_out, c.axis_in), rank(c.weight) - 1
-    stack = () if c.experts is None else (c.experts,)
+    axes, last = reader.axes, rank(reader.weight) - 1
+    stack = () if reader.experts is None else (reader.experts,)
+    if stack and not {"global_scale", "via_scale"}.isdisjoint(outer_names(spec)):
+        spec = dataclasses.replace(spec, stack=reader.experts)
     match spec.granularity:
+        case PerTensor() if spec.when == "no_scale":
+            return spec
         case PerTensor():
             return _on(spec, PerChannel(stack) if stack else PerTensor())
         case PerChannel(kept):
@@ -63,12 +74,12 @@ def on_weight(spec: QuantSpec, contraction: Contraction) -> QuantSpec:
                 return spec
             if axes == (last, last - 1):
                 return _on(spec, PerBlock(columns, rows))
-    raise SpecError(f"{spec} has no meaning on a weight of {last + 1} axes, output {c.axis_out} and input {c.axis_in}")
+    raise SpecError(f"{spec} has no meaning on a weight of {last + 1} axes, output {axes[0]} and input {axes[1]}")
 
 
-def on_activation(spec: QuantSpec, contraction: Contraction) -> QuantSpec:
-    """`spec`, written for ``[…, in]``, on the axes of the activation the contraction reads."""
-    place, last = contraction.input_axis, rank(contraction.input) - 1
+def on_activation(spec: QuantSpec, value: fx.Node, features: int) -> QuantSpec:
+    """`spec`, written for ``[…, features]``, on the axes of an activation whose features are axis `features`."""
+    place, last = features, rank(value) - 1
     if place == last:
         return spec
     match spec.granularity:

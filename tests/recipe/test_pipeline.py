@@ -10,6 +10,8 @@ from qcompile.passes.quantize.insert_qdq import InsertQDQ
 from qcompile.recipe import Recipe, pipeline
 
 W4 = "insert-qdq(weights=int4 sym group=32)"
+K8, S8 = "int8 sym token dynamic", "int8 sym tensor static"
+ATTENTION = f"quantize-attention(q={K8}, k={K8}, v={K8})"
 STATIC = "insert-qdq(weights=int8 sym channel, activations=int8 asym tensor static)"
 
 
@@ -39,6 +41,46 @@ STATIC = "insert-qdq(weights=int8 sym channel, activations=int8 asym tensor stat
             "rules: [{match: 'a,b', weights: int8 sym channel}]",
             ["raise-norms", "insert-qdq(rules=[{match: 'a,b', weights: int8 sym channel}])", "rtn"],
         ),
+        ("embeddings: int8 sym channel", ["raise-norms", "insert-qdq(embeddings=int8 sym channel)", "rtn"]),
+        (
+            "outputs: int8 sym tensor static",
+            ["raise-norms", "insert-qdq(outputs=int8 sym tensor static)", "calibrate"],
+        ),
+        (
+            "rules: [{role: convolution, outputs: int8 sym tensor static}]",
+            [
+                "raise-norms",
+                "insert-qdq(rules=[{role: convolution, outputs: int8 sym tensor static}])",
+                "calibrate",
+            ],
+        ),
+        (
+            f"{{weights: int4 sym group=32, attention: {{kv: {K8}}}, kv_cache: {K8}}}",
+            [
+                "raise-norms",
+                W4,
+                f"quantize-kv-cache(keys={K8}, values={K8})",
+                f"quantize-attention(k={K8}, v={K8})",
+                "rtn",
+            ],
+        ),
+        (
+            f"{{weights: int4 sym group=32, attention: {{q: {S8}, softmax: uint8 tensor static}}, passes: [rtn]}}",
+            [W4, f"quantize-attention(q={S8}, softmax=uint8 tensor static)", "calibrate", "rtn"],
+        ),
+        (f"kv_cache: {{values: {S8}}}", ["raise-norms", f"quantize-kv-cache(values={S8})", "calibrate"]),
+        ("attention: {element: int8, when: dynamic}", ["raise-norms", ATTENTION]),
+        (f"{{attention: {K8}, passes: [quantize-attention, raise-norms]}}", [ATTENTION, "raise-norms"]),
+        (f"passes: ['quantize-attention(k={S8})']", [f"quantize-attention(k={S8})", "calibrate"]),
+        (
+            f"{{activations: {S8}, attention: {S8}, passes: [insert-qdq, raise-norms, quantize-attention]}}",
+            [
+                f"insert-qdq(activations={S8})",
+                "raise-norms",
+                f"quantize-attention(q={S8}, k={S8}, v={S8})",
+                "calibrate",
+            ],
+        ),
         (f"passes: ['{W4}']", [W4, "rtn"]),
         ("passes: ['insert-qdq(activations=int8 static)']", ["insert-qdq(activations=int8 static)", "calibrate"]),
     ],
@@ -56,8 +98,27 @@ def test_pipeline(text: str, expected: list[str]) -> None:
         ("weights: {element: int4, gruop: 3}", "weights: unknown spec field 'gruop'"),
         ("weights: int4 sym token dynamic", "weights: int4 sym token dynamic is for activations"),
         ("activations: int8 sym", "activations: int8 sym channel does not say when its scales are known"),
-        ("rules: [{match: a, weights: int9}]", "rules.0.weights: unknown element 'int9'"),
+        ("rules: [{match: a, weights: int9}]", "rules.0.weights: integer elements have 1 to 8 bits, not 9"),
         ("rules: [{match: a, activations: int8}]", "rules.0.activations: int8 sym channel does not say when"),
+        ("outputs: int8 sym", "outputs: int8 sym channel does not say when its scales are known"),
+        (
+            "weights: int8 sym stack=0",
+            "weights: int8 sym channel stack=0: which axis stacks experts is read off the prog",
+        ),
+        ("embeddings: int8 token dynamic", "embeddings: int8 sym token dynamic is for activations"),
+        ("attention: int8 sym", "attention.q: int8 sym channel does not say when its scales are known"),
+        ("kv_cache: {keys: {element: int9}}", "kv_cache.keys: integer elements have 1 to 8 bits, not 9"),
+        ("rules: [{match: a, outputs: int8}]", "rules.0.outputs: int8 sym channel does not say when"),
+        (
+            f"{{attention: {K8}, passes: ['quantize-attention(k={K8})']}}",
+            "quantize-attention has options and the recipe",
+        ),
+        (f"{{kv_cache: {K8}, passes: [quantize-kv-cache, quantize-kv-cache]}}", "quantize-kv-cache is listed twice"),
+        (
+            f"{{attention: {S8}, passes: [calibrate, quantize-attention]}}",
+            "pass 'calibrate' stands before quantize-att",
+        ),
+        ("passes: ['quantize-attention(k=int8)']", "quantize-attention, k: int8 sym channel does not say when"),
         ("passes: [raise-norm]", "passes.0: pass 'raise-norm' does not exist; did you mean 'raise-norms'?"),
         ("passes: [rtn(x=1)]", "passes.0: pass 'rtn' has no option 'x'"),
         ("{weights: int4, passes: [rtn, insert-qdq]}", "pass 'rtn' stands before insert-qdq"),
@@ -78,4 +139,5 @@ def test_insertion_round_trips_with_rules() -> None:
     parsed = parse_pass(text)
     assert isinstance(parsed, InsertQDQ)
     assert [rule.weights for rule in parsed.rules] == [None, "inherit"]
+    assert [rule.outputs for rule in parsed.rules] == ["inherit", "inherit"]
     assert str(parsed) == text

@@ -14,15 +14,20 @@ from hypothesis import strategies as st
 
 from qcompile.errors import RecipeError
 from qcompile.recipe import Calibration, Recipe, Rule
+from qcompile.recipe.parts import Attention
 
 FULL = """\
 description: 'a: b'
 weights: int4 sym group=128
 activations: int8 asym token dynamic
+outputs: int8 sym tensor static
+embeddings: int8 sym channel
+attention: {k: int8 sym token dynamic, v: int4 sym token dynamic}
+kv_cache: int8 sym token dynamic
 rules:
 - {match: lm_head, weights: null}
 - {match: 'model.layers.{0,31}.*', operator: addmm, layers: 0-3, role: linear, weights: int8 channel, optional: true}
-- {layers: 7, activations: null}
+- {layers: 7, activations: null, outputs: int8 sym token dynamic}
 passes: [raise-norms, 'inject-outliers(channels=2, gain=8)']
 calibration: {samples: 8, length: 32}
 target: onnx_qcdq
@@ -70,8 +75,9 @@ rules = st.builds(
     Rule,
     match=st.sampled_from([None, "lm_head", "model.layers.{0,31}.*", "*: #"]),
     layers=st.sampled_from(["0-3,31", 4, None]),
-    role=st.sampled_from(["head", "expert"]),
+    role=st.sampled_from(["head", "expert", "embedding", "convolution"]),
     weights=scalars,
+    outputs=st.one_of(activations, st.just("inherit")),
     activations=st.one_of(activations, st.just("inherit")),
     optional=st.booleans(),
 )
@@ -83,7 +89,11 @@ rules = st.builds(
         description=st.text(max_size=12),
         weights=scalars,
         activations=activations,
+        outputs=activations,
         head=scalars,
+        embeddings=scalars,
+        attention=st.dictionaries(st.sampled_from(Attention.names()), activations),
+        kv_cache=st.one_of(activations, st.dictionaries(st.sampled_from(["keys", "values"]), activations)),
         rules=st.lists(rules, max_size=2).map(tuple),
         passes=st.lists(st.sampled_from(["rtn", "a(b=1, c=[2, 3])", "a(b='x y')"]), max_size=3).map(tuple),
         calibration=st.builds(Calibration, samples=st.integers(1, 9), data=st.sampled_from(["generated", "a b.txt"])),
@@ -122,10 +132,20 @@ def test_torch_is_not_imported_to_read_a_recipe() -> None:
 
 WRONG: list[tuple[Any, str]] = [
     ({"weihgts": "int4"}, "recipe field 'weihgts' is unknown (did you mean 'weights'?); the fields there are"),
-    ({"kv_cache": None}, "recipe field 'kv_cache' is unknown; the fields there are"),
+    ({"kv_cash": None}, "recipe field 'kv_cash' is unknown (did you mean 'kv_cache'?); the fields there are"),
+    (
+        {"attention": {"kk": None}},
+        "recipe field 'attention.kk' is unknown (did you mean 'k'?); the fields there are q, k, v, softmax, qkv, kv, qkvs",
+    ),
+    ({"kv_cache": {"key": None}}, "recipe field 'kv_cache.key' is unknown (did you mean 'keys'?)"),
+    ({"kv_cache": 8}, "recipe field 'kv_cache': input should be"),
+    ({"attention": {"q": 8}}, "recipe field 'attention.q': input should be"),
     ({"rules": [{"mach": "x", "weights": None}]}, "recipe field 'rules.0.mach' is unknown (did you mean 'match'?)"),
     ({"rules": [{"weights": None}]}, "recipe field 'rules.0': a rule needs a selector: match, operator"),
-    ({"rules": [{"match": "x"}]}, "recipe field 'rules.0': a rule needs something to set: weights or activations"),
+    (
+        {"rules": [{"match": "x"}]},
+        "recipe field 'rules.0': a rule needs something to set: weights, activations or outputs",
+    ),
     ({"rules": [{"role": "heads", "weights": None}]}, "recipe field 'rules.0.role': input should be 'head', 'router'"),
     ({"calibration": {"sample": 1}}, "recipe field 'calibration.sample' is unknown (did you mean 'samples'?)"),
     ({"calibration": {"samples": 0}}, "recipe field 'calibration.samples': input should be greater than or equal to 1"),
@@ -176,6 +196,9 @@ def test_the_constructor_raises_the_same_error() -> None:
         ("passes=[raise-norms]", {"passes": ("raise-norms",)}),
         ("passes.0=rtn", {"passes": ("rtn", "inject-outliers(channels=2, gain=8)")}),
         ("verify=end", {"verify": "end"}),
+        ("outputs.when=dynamic", {"outputs": "int8 sym tensor dynamic"}),
+        ("embeddings.group=32", {"embeddings": "int8 sym group=32"}),
+        ("rules.2.outputs.bits=4", {"rules": Rule(layers=7, activations=None, outputs="int4 sym token dynamic")}),
     ],
 )
 def test_override(assignment: str, expected: dict[str, Any]) -> None:
@@ -184,7 +207,7 @@ def test_override(assignment: str, expected: dict[str, Any]) -> None:
     ((name, value),) = expected.items()
     found = getattr(changed, name)
     if name == "rules":
-        found = found[0] if isinstance(value, Rule) else found[1].weights
+        found = found[int(assignment[6])] if isinstance(value, Rule) else found[1].weights
     assert found == value
     others = set(Recipe.model_fields) - {name}
     assert all(getattr(changed, other) == getattr(recipe, other) for other in others)
@@ -214,6 +237,7 @@ def test_overrides_apply_in_order() -> None:
         ("passes.0.x=1", "a pass is set as a whole; write passes.0=name(option=value)"),
         ("target.x=1", "'target' has no fields; write target="),
         ("weights=[", "'[' is not a YAML value"),
+        ("router.bits=8", "router is null, which has no fields; set it first, as router=int8 sym"),
     ],
 )
 def test_wrong_overrides_are_named(assignment: str, message: str) -> None:

@@ -49,7 +49,7 @@ def main(ids: i64[batch, sequence], *,
     return {"logits": y}
 """
 NAMES = [
-    *("layers.0.attn.q", "layers.0.mlp.up", "layers.0.mlp.down", "layers.1.attn.q", "layers.1.router"),
+    *("embed", "layers.0.attn.q", "layers.0.mlp.up", "layers.0.mlp.down", "layers.1.attn.q", "layers.1.router"),
     *("layers.1.experts.up", "layers.1.experts.down", "head"),
 ]
 
@@ -75,7 +75,7 @@ def program() -> Program:
 
 
 def weights(plan: Plan) -> dict[str, str | None]:
-    return {s.name: None if s.weights is None else str(s.weights) for s in plan.sites}
+    return {s.name: None if s.weights is None else str(s.weights) for s in plan.sites if s.role != "embedding"}
 
 
 def test_specs_land_on_the_stored_axes(program: Program) -> None:
@@ -92,8 +92,9 @@ def test_specs_land_on_the_stored_axes(program: Program) -> None:
         "head": None,
     }
     why = {s.name: s.why for s in plan.sites if s.weights is None}
-    assert why == {"layers.1.router": "router: null", "head": "head: null"}
+    assert why == {"embed": "embeddings: null", "layers.1.router": "router: null", "head": "head: null"}
     assert {s.name: s.role for s in plan.sites if s.role != "linear"} == {
+        "embed": "embedding",
         "layers.1.router": "router",
         "layers.1.experts.up": "expert",
         "layers.1.experts.down": "expert",
@@ -145,13 +146,13 @@ def test_activation_whose_features_are_not_last() -> None:
     [
         ({"match": "layers.0.attn.q"}, ["layers.0.attn.q"]),
         ({"match": "layers.0.attn.q.weight"}, ["layers.0.attn.q"]),
-        ({"match": "layers.{0,7}.*"}, NAMES[:3]),
+        ({"match": "layers.{0,7}.*"}, NAMES[1:4]),
         ({"match": "**.q"}, ["layers.0.attn.q", "layers.1.attn.q"]),
         ({"match": "layers.?.attn.q"}, ["layers.0.attn.q", "layers.1.attn.q"]),
         ({"match": "layers.1.experts"}, ["layers.1.experts.up", "layers.1.experts.down"]),
         ({"match": "layers.1.experts.down"}, ["layers.1.experts.down"]),
-        ({"layers": "1-3"}, NAMES[3:7]),
-        ({"layers": 0}, NAMES[:3]),
+        ({"layers": "1-3"}, NAMES[4:8]),
+        ({"layers": 0}, NAMES[1:4]),
         ({"operator": "matmul|bmm"}, ["layers.0.mlp.up", "layers.1.experts.up", "layers.1.experts.down"]),
         ({"operator": "aten.matmul.default"}, ["layers.0.mlp.up"]),
         ({"role": "router"}, ["layers.1.router"]),
@@ -201,7 +202,7 @@ def test_head_and_router_can_be_named(program: Program) -> None:
         ([{"match": "layers.0.attn.k"}], "rules.0 matches nothing: no module or weight is called 'layers.0.attn.k' (d"),
         ([{"match": "lm_head"}], "rules.0 matches nothing: no module or weight is called 'lm_head'"),
         ([{"match": "layers.0"}], "rules.0 matches nothing: no module or weight is called 'layers.0'"),
-        ([{"operator": "addmm"}], "rules.0 matches nothing: no product is 'addmm', they are bmm, linear, matmul"),
+        ([{"operator": "addmm"}], "rules.0 matches nothing: no product or lookup is 'addmm', they are bmm, emb"),
         ([{"layers": "7"}], "rules.0 matches nothing: layers 7 are none of 0, 1"),
         ([{"match": "head", "layers": "1"}], "layers 1 are none of its places, which have no layer"),
         ([{"match": "*.q", "role": "expert"}], "no place there has role 'expert', they are linear"),
@@ -286,7 +287,7 @@ def test_plan_shows_itself(program: Program) -> None:
     assert "layers.1.experts.down" in text
     assert "head: null" in text
     data = json.loads(json.dumps(plan.to_dict()))
-    assert data["sites"][0] == {
+    assert data["sites"][1] == {
         "name": "layers.0.attn.q",
         "module": "layers.0.attn.q",
         "op": "linear",
@@ -295,6 +296,7 @@ def test_plan_shows_itself(program: Program) -> None:
         "shape": [32, 32],
         "weights": "int4 sym channel",
         "activations": None,
+        "outputs": None,
         "why": "default",
         "bits": 5.0,
         "bytes": 640,

@@ -38,7 +38,7 @@ def test_weights_that_are_not_rounded() -> None:
     [
         ("int8 sym token percentile=99.9 dynamic", "observer percentile=99.9 at run time"),
         ("int8 sym token mse dynamic", "observer mse at run time"),
-        ("int8 sym token scale=pow2 dynamic", "power-of-two scales at run time"),
+        ("int8 sym token scale=pow2 dynamic", "pow2 scales at run time"),
     ],
 )
 def test_parameters_chosen_at_run_time(spec: str, says: str) -> None:

@@ -48,7 +48,7 @@ def test_scales_are_those_of_the_float_program(spec: str) -> None:
     for batch in BATCHES:
         x = plain.weights["e"][batch]
         observer.observe(torch.relu(x @ plain.weights["w"].t()))
-    scale, zero_point = observer.qparams()
+    scale, zero_point, _ = observer.qparams()
     assert torch.allclose(program.weights["b.input.scale"], scale, rtol=1e-5)
     if zero_point is None:
         assert "b.input.zero_point" not in program.weights
@@ -140,6 +140,41 @@ def test_without_rounding_is_the_float_program() -> None:
     before = str(program)
     assert str(without_rounding(program)) == str(plain)
     assert str(program) == before
+
+
+CACHED = """def main(
+    input_ids: i64[batch, sequence],
+    past_key_values_0_key: f32[batch, 1, past, 8],
+    past_key_values_0_value: f32[batch, 1, past, 8],
+    *, e: f32[16, 8], k: f32[8, 8], v: f32[8, 8], o: f32[8, 8], h: f32[16, 8],
+):
+    x = aten.embedding.default(e, input_ids)  # embed
+    kx = aten.linear.default(x, k)  # k
+    ky = aten.unsqueeze.default(kx, 1)
+    vx = aten.linear.default(x, v)  # v
+    vy = aten.unsqueeze.default(vx, 1)
+    q = aten.unsqueeze.default(x, 1)
+    kz = aten.cat.default([past_key_values_0_key, ky], 2)  # attention
+    vz = aten.cat.default([past_key_values_0_value, vy], 2)  # attention
+    a = aten.scaled_dot_product_attention.default(q, kz, vz)  # attention
+    b = aten.squeeze.dim(a, 1)
+    y = aten.linear.default(b, o)  # o
+    z = aten.linear.default(y, h)  # head
+    return {"logits": z, "present_0_key": kz, "present_0_value": vz}"""
+
+
+@pytest.mark.parametrize("cache", [{"kv_cache": "int2 sym token dynamic"}, {"kv_cache": "int4 sym tensor static"}])
+def test_a_cache_of_codes_is_not_rounded_while_it_is_watched(cache: dict[str, str]) -> None:
+    recipe = {"weights": "int8 sym channel", "activations": "int8 sym tensor static", "passes": ["insert-qdq"]}
+    float_cache, program = Program.parse(CACHED), Program.parse(CACHED)
+    PassManager(pipeline(Recipe.load(recipe)), batches=BATCHES).run(float_cache)
+    PassManager(pipeline(Recipe.load(recipe | cache)), batches=BATCHES).run(program)
+    assert torch.equal(program.weights["o.input.scale"], float_cache.weights["o.input.scale"])
+    assert not program.calls(torch.ops.qcompile.choose_qparams.default) or "dynamic" in cache["kv_cache"]
+    if "static" in cache["kv_cache"]:
+        plain = Program.parse(CACHED)
+        keys = torch.cat([(plain.weights["e"][ids] @ plain.weights["k"].t()).flatten() for ids in BATCHES])
+        assert torch.allclose(program.weights["attention.key.scale"], keys.abs().max() / 7.5, rtol=1e-5)
 
 
 def test_static_int8_on_a_decoder_is_near_the_float_one(tiny_decoder: Decoder) -> None:

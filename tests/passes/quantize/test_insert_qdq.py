@@ -34,7 +34,7 @@ def test_weight_symmetric_and_asymmetric() -> None:
     report = insert(program, weights="int4 sym group=4", rules=(Rule(match="a.dn", weights="uint8 asym tensor"),))
     expected = """\
 def main(x: f32[n, 8], *, w: f32[4, 8], v: f32[2, 4]):
-    qparams: tuple[f32[4, 2], i8[0]] = qcompile.choose_qparams.default(w, "int4 sym group=4")  # a.up
+    qparams: tuple[f32[4, 2]] = qcompile.choose_qparams.default(w, "int4 sym group=4")  # a.up
     scale: f32[4, 2] = operator.getitem(qparams, 0)  # a.up
     quantize: i8[4, 8] = qcompile.quantize.default(w, scale, None, "int4 sym group=4")  # a.up
     dequantize: f32[4, 8] = qcompile.dequantize.default(quantize, scale, None, "int4 sym group=4")  # a.up
@@ -68,13 +68,13 @@ def test_readers_of_one_activation_share_its_quantization() -> None:
     )
     expected = """\
 def main(x: f32[n, 8], *, q: f32[4, 8], k: f32[4, 8], v: f32[4, 8]):
-    qparams: tuple[f32[n, 1], i8[0]] = qcompile.choose_qparams.default(x, "int8 sym token dynamic")  # q
+    qparams: tuple[f32[n, 1]] = qcompile.choose_qparams.default(x, "int8 sym token dynamic")  # q
     scale: f32[n, 1] = operator.getitem(qparams, 0)  # q
     quantize: i8[n, 8] = qcompile.quantize.default(x, scale, None, "int8 sym token dynamic")  # q
     dequantize: f32[n, 8] = qcompile.dequantize.default(quantize, scale, None, "int8 sym token dynamic")  # q
     a: f32[n, 4] = aten.linear.default(dequantize, q)  # q
     b: f32[n, 4] = aten.linear.default(dequantize, k)  # k
-    qparams_1: tuple[f32[1, 1], i8[0]] = qcompile.choose_qparams.default(x, "int8 sym tensor dynamic")  # v
+    qparams_1: tuple[f32[1, 1]] = qcompile.choose_qparams.default(x, "int8 sym tensor dynamic")  # v
     scale_1: f32[1, 1] = operator.getitem(qparams_1, 0)  # v
     quantize_1: i8[n, 8] = qcompile.quantize.default(x, scale_1, None, "int8 sym tensor dynamic")  # v
     dequantize_1: f32[n, 8] = qcompile.dequantize.default(quantize_1, scale_1, None, "int8 sym tensor dynamic")  # v
@@ -146,7 +146,10 @@ def test_a_float_head_leaves_a_tied_embedding_alone() -> None:
     report = insert(program, weights="int4 sym channel")
     (head,) = [n for n in program.nodes if n.name == "z"]
     assert program.arg(head, "weight").name == "e"
-    assert [(e.where, e.what) for e in report.skipped] == [("head", "stays float (head: null)")]
+    assert [(e.where, e.what) for e in report.skipped] == [
+        ("embed", "stays float (embeddings: null)"),
+        ("head", "stays float (head: null)"),
+    ]
     assert report.notes == []
 
 
@@ -195,6 +198,7 @@ def test_inserting_twice_changes_nothing() -> None:
     report = insert(program, **options)
     assert str(program) == before
     assert [(e.where, e.what) for e in report.skipped] == [
+        ("embed", "stays float (embeddings: null)"),
         ("middle", "stays float (quantized already: int4 sym channel)"),
         ("head", "stays float (head: null)"),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qcompile.errors import SpecError
 from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import sqnr_db
 from qcompile.numerics.spec import QuantSpec
@@ -105,6 +106,42 @@ def test_nothing_marked_is_said() -> None:
     )
     (report,) = PassManager([RTN()]).run(program)
     assert report.notes == ["no weight is marked for rounding; insert-qdq, before this pass, marks them"]
+
+
+NAMED = """def main(x: f32[n, 64], *, w: f32[4, 64] = "a.up.weight"):
+    y = aten.linear.default(x, w)  # a.up
+    return {"y": y}"""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spec", ["int4 sym group=16", "uint8 asym tensor", "e4m3fn channel", "nvfp4"])
+def test_what_is_not_finite_is_named(spec: str, value: float) -> None:
+    program = Program.parse(NAMED)
+    program.weights["a.up.weight"] = torch.ones(4, 64).index_fill(1, torch.tensor([3]), value)
+    with pytest.raises(SpecError) as caught:
+        PassManager([InsertQDQ(weights=spec), RTN()]).run(program)
+    assert str(caught.value).startswith("weight 'a.up.weight': ")
+    assert "nan or infinity" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_format_that_can_hold_nan_counts_its_blocks(value: float) -> None:
+    program = Program.parse(NAMED)
+    weight = torch.ones(4, 64)
+    weight[1, 3] = weight[1, 5] = weight[2, 40] = value
+    program.weights["a.up.weight"] = weight
+    reports = PassManager([InsertQDQ(weights="mxfp4(even)"), RTN()]).run(program)
+    assert reports[-1].notes == ["a.up.weight: 2 of 8 blocks hold nan or infinity, and decode to nan"]
+
+
+def test_a_weight_with_nothing_in_it_is_left_alone_with_the_reason() -> None:
+    program = Program.parse(NAMED.replace("f32[4, 64]", "f32[0, 64]"))
+    reports = PassManager([InsertQDQ(weights="int4 sym group=16"), RTN()]).run(program)
+    assert [(e.where, e.what) for e in reports[0].skipped] == [
+        ("a.up", "stays float (its weight 'a.up.weight' [0, 64] has no elements)")
+    ]
+    assert program.run({"x": torch.ones(2, 64)})["y"].shape == (2, 0)
 
 
 class Counted:
