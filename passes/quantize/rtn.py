@@ -13,7 +13,7 @@ from typing import ClassVar
 from qcompile.ir.program import Program
 from qcompile.numerics.qtensor import quantize_tensor
 from qcompile.pass_base import Pass, Report, register
-from qcompile.passes.quantize.sites import naming, store_codes, weight_qdq
+from qcompile.passes.quantize.sites import given_outer, naming, store_codes, weight_qdq
 from qcompile.progress import track
 
 
@@ -33,7 +33,7 @@ class RTN(Pass):
         for place in track(weight_qdq(program), "rounding weights"):
             key, weight = program.key(place.source), program.weight(place.source)
             with naming(key):
-                result = quantize_tensor(weight, place.spec)
+                result = quantize_tensor(weight, place.spec, given_outer(program, place))
             store_codes(program, place, weight, result, report)
             report.rewrote(key, str(place.spec))
         if not report.rewritten:

@@ -54,6 +54,11 @@ def weight_qdq(program: Program) -> list[QDQ]:
     return [place for place in find_qdq(program) if program.is_weight(place.source)]
 
 
+def given_outer(program: Program, place: QDQ) -> tuple[Tensor, ...]:
+    """Outer parameters of a weight that a pass has fixed ahead, as a global scale; () where it chooses its own."""
+    return tuple(program.weight(node) for node in program.arg(place.params, "outer") or ())
+
+
 def store_codes(program: Program, place: QDQ, weight: Tensor, result: QTensor, report: Report) -> None:
     """Replace the computed codes and parameters of a weight, `weight`, by those of `result`.
 

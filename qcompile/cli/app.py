@@ -115,15 +115,53 @@ def verify(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT|PROGRAM", help="What to look at.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL|ARTIFACT|PROGRAM", help="What to look at.", show_default="the embedded Llama"),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="Print the program as IR text.")] = False,
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--spec",
+            metavar="SPEC",
+            help="Show what this spec would do to each weight of MODEL, or of --weights: bits, relative squared error, "
+            "SQNR. Several give a column each.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Look at the tensors of a .safetensors file, or of an HF directory."),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a model, an artifact or a program consists of."""
+    """Show what a model, an artifact or a program consists of, or what a format would do to its weights.
+
+    With --spec or --weights: every float tensor of two or more axes, one in memory at a time, with its largest
+    magnitude and that over its root mean square. No architecture is needed, and nothing is captured.
+    """
     from qcompile.cli.inspect import run
 
-    run(model, text, json)
+    run(model, text, spec or [], weights, json)
+
+
+@app.command()
+def formats(
+    spec: Annotated[
+        list[str] | None, typer.Argument(metavar="SPEC", help="Explain this format or spec, as 'mxfp4(even)'.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what a spec string can say, or explain one.
+
+    Without SPEC: elements, named formats, and every other word with its meaning. With it: each field and where it comes
+    from, what is stored and its bits, the error on random data, and which targets take it.
+    """
+    from qcompile.cli.formats import run
+
+    run(spec or [], json)
 
 
 @app.command()

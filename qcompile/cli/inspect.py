@@ -6,14 +6,18 @@ from typing import Any
 
 from qcompile.artifact import Artifact
 from qcompile.cli.show import console, print_json, size
-from qcompile.cli.subject import open_subject
+from qcompile.cli.subject import model_path, open_subject
 from qcompile.compiled import CompiledModel
+from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.pass_manager import op_counts
 
 
-def run(name: str, text: bool, as_json: bool) -> None:
-    subject = open_subject(name)
+def run(name: str | None, text: bool, specs: list[str], weights: str | None, as_json: bool) -> None:
+    if specs or weights is not None:
+        _weights(name, text, specs, weights, as_json)
+        return
+    subject = open_subject(model_path(name))
     if isinstance(subject, Artifact):
         _artifact(subject, as_json)
         return
@@ -24,6 +28,17 @@ def run(name: str, text: bool, as_json: bool) -> None:
         print_json(_facts(program))
     else:
         _program(program)
+
+
+def _weights(name: str | None, text: bool, specs: list[str], weights: str | None, as_json: bool) -> None:
+    if text:
+        raise QCompileError("--text prints a program, and --spec and --weights look at tensors; keep one of them")
+    if name is not None and weights is not None:
+        raise QCompileError(f"{name} and --weights {weights} both say where the weights are; keep one of them")
+    from qcompile.cli.weights import run as run_weights
+
+    path = model_path(name) if weights is None else weights
+    run_weights(path, weights or name or "zoo:llama", specs, as_json)
 
 
 def _facts(program: Program) -> dict[str, Any]:

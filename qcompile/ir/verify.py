@@ -178,12 +178,12 @@ def _blocks_divide(program: Program) -> Iterator[str]:
                 yield f"{node.name}: scale {scale.name} has {count} blocks along an axis of {size}"
 
 
-@rule("pair-agrees", "a dequantize that decodes a quantize has the same spec, scale and zero-point")
+@rule("pair-agrees", "a dequantize that decodes a quantize has the same spec and parameters")
 def _pair_agrees(program: Program) -> Iterator[str]:
     for node in program.calls(torch.ops.qcompile.dequantize.default):
         source = program.arg(node, "codes")
         if isinstance(source, fx.Node) and source.target is torch.ops.qcompile.quantize.default:
-            for name in ("spec", "scale", "zero_point"):
+            for name in ("spec", "scale", "zero_point", "outer"):
                 if program.arg(node, name) != program.arg(source, name):
                     yield f"{node.name} decodes {source.name} with another {name}"
 

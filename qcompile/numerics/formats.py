@@ -52,6 +52,8 @@ def expand(word: str) -> dict[str, str] | None:
 
 def name_of(fields: Mapping[str, str | int | float]) -> tuple[str, frozenset[str]] | None:
     """The name whose fields `fields` holds, and which fields it covers; None where there is none."""
+    if "group" not in fields:
+        return None
     element, group, scale = (str(fields.get(name)) for name in ("element", "group", "scale"))
     own = frozenset(("element", "group", "scale"))
     mx = next((name for name, of in _MX_ELEMENTS.items() if of == element), None)

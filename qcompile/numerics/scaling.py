@@ -57,7 +57,9 @@ def to_units(raw: Tensor, largest: Tensor, high: Tensor, spec: QuantSpec, outer:
             # No scale is 0: a group too small for the least one keeps it, and so do groups of zeros.
             magnitude = magnitude.clamp(min=2.0**-9)
             return torch.where(raw < 0, -magnitude, magnitude)
-    # Both kinds that are left are rounded all together; until then a float32 stands for each of them.
+    if isinstance(spec.scale, MicroScale):
+        return largest  # exponents are taken from ranges, when all are known
+    # Double-quantized scales are rounded all together; until then a float32 stands for each of them.
     return _to_float(torch.where(raw == 0, 1.0, raw), torch.float32, 2.0**-126)
 
 

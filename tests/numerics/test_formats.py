@@ -153,6 +153,8 @@ def test_impossible_specs_are_refused_with_a_way_out(text: str, said: str) -> No
         ("nf4 group=64 double=8x256", {"scale": "f16"}, "nf4 group=64 scale=f16"),
         ("int4 group=32 scale=f16", {"double": "8x64"}, "int4 sym group=32 double=8x64"),
         ("nvfp4", {"mse": 2.0}, "nvfp4(mse)"),
+        ("bfp16", {"granularity": "channel"}, "int8 sym channel scale=e8m0(bfp)"),
+        ("mxfp4", {"granularity": "tensor"}, "e2m1 tensor scale=e8m0"),
         ("int4", {"via": "e4m3fn"}, "int4 sym channel via=e4m3fn"),
     ],
 )
