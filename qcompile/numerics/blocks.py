@@ -13,7 +13,7 @@ Slices = tuple[slice, ...]
 
 FEW_SCALES = 24
 CHUNK_SCALES = 1 << 16
-"""Scales are many where there is more than one for `FEW_SCALES` entries; about `CHUNK_SCALES` are then taken at once."""
+"""Scales are many where there is more than one for `FEW_SCALES` entries; then `CHUNK_SCALES` are taken at a time."""
 
 TILE_ELEMENTS = 1 << 16
 """Elements in a tile: float32 input, float32 temporary and codes of one tile stay in a 1 MiB cache."""

@@ -116,7 +116,7 @@ def _codes(x: Tensor, steps: Tensor, zero_point: Tensor | None, spec: QuantSpec)
         if not bool(torch.isfinite(codes.sum())):
             raise _FoundNan
         return codes
-    scaled = torch.div(x, steps)
+    scaled = x if spec.when == "no_scale" else torch.div(x, steps)
     # The sum is nan for infinities of both signs, too; those saturate.
     if not spec.element.has_nan and bool(torch.isnan(scaled.sum())) and bool(torch.isnan(scaled).any()):
         raise _FoundNan
@@ -137,7 +137,8 @@ def _decode(codes: Tensor, values: Tensor, params: QParams, spec: QuantSpec) -> 
                 found.sub_(spread(zero[there], source.shape))
         else:
             found.copy_(split(spec.element.decode(source), step[there].shape))
-        found.mul_(spread(step[there], source.shape))
+        if spec.when != "no_scale":
+            found.mul_(spread(step[there], source.shape))
         if via is not None and spec.via is not None:
             values[here].copy_(spec.via.round(found.view(source.shape)) * via[here])
         elif not direct:
