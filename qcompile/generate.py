@@ -22,7 +22,8 @@ Stepper = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 It is fed ``input_ids`` int64 ``[batch, sequence]``, ``attention_mask`` int64 ``[batch, past + sequence]``,
 ``position_ids`` int64 ``[batch, sequence]`` and, from the second step on, ``past_key_values_{i}_key`` and ``…_value``;
 it leaves those that its model does not take. It returns ``logits`` ``[batch, sequence, vocabulary]`` and, where the
-model has a cache, every ``present_{i}_key`` and ``…_value``.
+model has a cache, every ``present_{i}_key`` and ``…_value``, with ``…_scale`` and the like behind one that holds codes:
+each ``present_…`` is fed back as ``past_key_values_…``.
 """
 
 

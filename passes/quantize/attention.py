@@ -25,7 +25,7 @@ from qcompile.numerics.spec import QuantSpec
 from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.quantize.fit_value import fit_value
 from qcompile.passes.quantize.insert_qdq import quantize_value
-from qcompile.passes.quantize.spell_attention import spell_out, why_not
+from qcompile.passes.quantize.spell_attention import let_reshape, spell_out, why_not
 from qcompile.recipe.specs import activation_spec
 
 aten = torch.ops.aten
@@ -148,6 +148,7 @@ def _read(program: Program, operands: Sequence[Operand], rounded: fx.Node) -> No
                 args = fx.map_arg(node.args, lambda n: copies.get(n, n))
                 target = aten.reshape.default if node.target is aten.view.default else node.target  # laid out anew
                 copies[node] = program.call(target, args, dict(node.kwargs), after=node, name=node.name)  # type: ignore[arg-type]
+        let_reshape(program, operand.reader)
         value = copies[operand.node]
         if operand.index is None:
             program.set_arg(operand.reader, operand.argument, value)

@@ -114,8 +114,9 @@ def _returned(past: fx.Node) -> str:
 
 def _plan(program: Program, past: fx.Node, part: str, spec: QuantSpec) -> _Plan | str:
     """How a tensor of the cache is stored, or why it is left alone."""
-    if not past.meta["val"].is_floating_point() or rank(past) != 4:
-        return f"it is {program.type_of(past)}, not float [batch, heads, tokens, features]"
+    fits = past.meta["val"].is_floating_point() and rank(past) == 4
+    if not fits or not all(isinstance(_size(past, axis), int) for axis in (1, _FEATURES)):
+        return f"it is {program.type_of(past)}, not float [batch, heads, tokens, features] of fixed heads and features"
     name = _returned(past)
     result = program.outputs.get(name)
     if not isinstance(result, fx.Node):

@@ -63,17 +63,21 @@ def spell_out(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     softmax = call(aten._safe_softmax.default, scores, -1)
     product = call(aten.matmul.default, softmax, value)
     result = product if work == dtype else call(aten.to.dtype, product, dtype)
-    _let_reshape(program, node)
+    let_reshape(program, node)
     program.replace(node, result)
     return softmax, product
 
 
-def _let_reshape(program: Program, node: fx.Node) -> None:
-    """Turn the views of a result into reshapes: the fused operator lays it out so that they work, a product may not."""
+def let_reshape(program: Program, node: fx.Node) -> None:
+    """Turn the views of a result into reshapes, for it may be laid out anew.
+
+    A fused attention lays its result out as its queries are, and heads that were moved there make a view of what is
+    moved back. A product does not, and values that were rounded are laid out as their shape says.
+    """
     for user in node.users:
         if moved(program, user) is node:
             user.target = aten.reshape.default if user.target is aten.view.default else user.target
-            _let_reshape(program, user)
+            let_reshape(program, user)
 
 
 def _repeated(x: fx.Node, heads: int, call: Callable[..., fx.Node]) -> fx.Node:

@@ -77,6 +77,8 @@ def signature(program: Program) -> dict[str, InputType]:
 def fill_inputs(declared: Mapping[str, InputType], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Complete the inputs of a decoder: an empty cache, a mask of ones, positions that count the mask's ones.
 
+    All inputs called ``past_key_values_…`` are the cache, ``[batch, …, past, …]``, codes and their scales alike.
+
     Raises QCompileError for an empty prompt.
     """
     feeds = dict(given)

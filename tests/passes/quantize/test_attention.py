@@ -126,20 +126,24 @@ def test_spelled_out_is_exact(form: str) -> None:
 
 
 class Joined(torch.nn.Module):
+    """From [batch, tokens, heads, features] to [batch, tokens, heads · features]."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return fused(x, x, x).transpose(1, 2).contiguous().view(x.shape[0], -1, 32)
+        x = x.transpose(1, 2)
+        return fused(x, x, x).transpose(1, 2).reshape(x.shape[0], -1, 32)
 
 
-def test_views_of_the_result_still_work() -> None:
-    """The fused operator lays its result out so that `contiguous` does nothing, and export leaves it out."""
-    x = torch.randn(2, 4, 5, 8)
-    dynamic = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)
+@pytest.mark.parametrize("specs", [{"q": K8}, {"softmax": U8}])
+def test_views_of_the_result_still_work(specs: dict[str, str]) -> None:
+    """The fused operator lays its result out as its queries are; so a reshape may be a view, and export makes it one."""
+    x = torch.randn(2, 5, 4, 8)
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(Joined(), (x,), dynamic_shapes=dynamic).run_decompositions({})
     program = Program.from_exported(exported)
-    assert [n.name for n in program.calls(aten.view.default)] == ["view"]
+    assert len(program.calls(aten.view.default)) == 1
     expected = program(x)
-    PassManager([QuantizeAttention(softmax=U8)]).run(program)
-    assert 0 < (program(x) - expected).abs().max() < 0.02
+    PassManager([QuantizeAttention(**specs)]).run(program)
+    assert 0 < (program(x) - expected).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -15,7 +15,6 @@ import qcompile
 from qcompile import zoo
 from qcompile.capture import capture
 from qcompile.capture.saved import load_program, save_program
-from qcompile.errors import RecipeError
 from qcompile.evaluate import evaluate
 from qcompile.generate import Decoding, ProgramStepper, generate, held_weights
 from qcompile.ir.exported import from_exported
@@ -23,7 +22,6 @@ from qcompile.ir.program import Program
 from qcompile.ir.run import fill
 from qcompile.numerics.observers import Observer
 from qcompile.numerics.spec import QuantSpec
-from qcompile.pass_base import parse_pass
 from qcompile.pass_manager import PassManager
 from qcompile.passes.quantize.attention import QuantizeAttention
 from qcompile.passes.quantize.cache_bits import pack, unpack
@@ -325,7 +323,7 @@ def test_a_recipe_compiles_saves_and_generates(tmp_path: Path) -> None:
     assert torch.equal(qcompile.load(tmp_path / "saved").generate(prompt, 8), tokens)
 
 
-# ----------------------------------------------------------------------------------------------------- what is not taken
+# ------------------------------------------------------------------------------------------------------- sliding windows
 
 WINDOW = CACHE.replace(
     '{"y": y, "present_0_key": keys, "present_0_value": values}',
@@ -344,81 +342,3 @@ def test_a_window_of_codes_and_scales_is_kept() -> None:
     assert torch.equal(out["present_0_key"], whole.codes[:, :, 2:])
     assert torch.equal(out["present_0_key_scale"], whole.scale[:, :, 2:])
     assert "past_key_values_0_value_scale" not in [n.name for n in program.inputs]
-
-
-LEFT: dict[str, tuple[str, str, str]] = {
-    "the past is read": (
-        'keys, values)  # attn\n    return {"y": y',
-        'keys, values)  # attn\n    n = aten.neg.default(past_key_values_0_key)\n    return {"y": y, "n": n',
-        "n reads the past apart from the new tokens",
-    ),
-    "new tokens first": (
-        "[past_key_values_0_key, k]",
-        "[k, past_key_values_0_key]",
-        "present_0_key is cat keys, not the past with new tokens behind it",
-    ),
-    "nothing returned": ('"present_0_key": keys, ', "", "the program returns no present_0_key"),
-    "new tokens twice": (
-        "[past_key_values_0_key, k]",
-        "[past_key_values_0_key, k, k]",
-        "present_0_key is cat keys, not the past with new tokens behind it",
-    ),
-    "fewer features": (
-        '"present_0_key": keys',
-        '"present_0_key": part',
-        "present_0_key is only a part of the features or heads",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_left_alone(name: str, left_alone: Callable[..., list[str]]) -> None:
-    old, new, reason = LEFT[name]
-    text = CACHE.replace(old, new)
-    if "part" in new:
-        text = text.replace("    values =", "    part = aten.slice.Tensor(keys, 3, 0, 4)\n    values =")
-    assert left_alone(QuantizeKVCache(keys=K8), text) == [reason]
-
-
-def test_codes_are_left_alone() -> None:
-    program = quantized(Program.parse(CACHE), K8, None)
-    before = str(program)
-    (report,) = PassManager([QuantizeKVCache(keys=K8)]).run(program)
-    assert str(program) == before
-    assert [e.what for e in report.skipped] == ["it is i8[b, 2, past, 8], not float [batch, heads, tokens, features]"]
-
-
-def test_no_cache_is_said() -> None:
-    program = Program.parse('def main(x: f32[2]):\n    y = aten.neg.default(x)\n    return {"y": y}')
-    (report,) = PassManager([QuantizeKVCache(keys=K8)]).run(program)
-    assert report.notes == ["the program has no cache: none of its inputs is called past_key_values_…"]
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("int8 sym token", "quantize-kv-cache, keys: .* does not say when its scales are known; add static or dynamic"),
-        (
-            "int4 sym group=3 dynamic",
-            "attn.key: group=3 does not divide .*, whose size is 8; the nearest divisors are 2 and 4",
-        ),
-        (
-            "int4 sym group=4 axis=-2 dynamic",
-            "attn.key: .*: a group of tokens would have to wait for the tokens to come",
-        ),
-        ("int4 sym group=4 axis=2 dynamic", "attn.key: .*: a group of tokens would have to wait"),
-        ("int4 sym block=2x4 dynamic", "attn.key: .*: a group of tokens would have to wait"),
-        ("int8 sym tensor dynamic", "attn.key: .*: its scale belongs to a call and not to a token"),
-        ("int8 sym channel dynamic", "attn.key: .*: its scale belongs to a call and not to a token"),
-        ("int8 sym channel axis=2 static", "attn.key: .*: axis 2 has another length at every call"),
-        ("e2m1 group=4 scale=e4m3 dynamic", "attn.key: .*: its global_scale belongs to a call and not to a token"),
-    ],
-)
-def test_scales_that_are_not_a_tokens_own(spec: str, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        QuantizeKVCache(keys=spec).run(Program.parse(CACHE))
-
-
-def test_prints_and_parses_back() -> None:
-    pass_ = QuantizeKVCache(keys=K8, values=K4)
-    assert parse_pass(str(pass_)) == pass_
