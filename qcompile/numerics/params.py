@@ -91,7 +91,10 @@ def through(x: Tensor, spec: QuantSpec, outer: tuple[Tensor, ...]) -> tuple[Tens
     if spec.via is None:
         return x, ()
     scale = outer[-1] if outer else via_scale(x, spec)
-    return spec.via.round(x / scale.to(x.dtype)), (scale,)
+    values, divisor = torch.empty_like(x), scale.to(x.dtype).expand(x.shape)
+    for here, _ in tiles(x.shape, (1,) * x.dim()):
+        values[here] = spec.via.round(x[here] / divisor[here])
+    return values, (scale,)
 
 
 def via_scale(x: Tensor, spec: QuantSpec) -> Tensor:
