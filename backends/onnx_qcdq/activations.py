@@ -8,6 +8,9 @@ computed at run time divides first, and QuantizeLinear rounds by a scale of one:
 
 onnxruntime has integer kernels for that (scale one is a constant); it has none for a scale that is computed.
 Codes of fewer than 8 bits lie in int8 or uint8: the values are clipped in floating point before Q, to the same codes.
+8-bit floats are casts, which onnxruntime computes exactly and fuses with nothing:
+
+    q = quantize(x, s, None, spec)  ⟶     q = Cast(Clip(x / s))
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, fx
 
 from qcompile.backends.onnx_qcdq import ops
 from qcompile.backends.onnx_qcdq.layout import PER_TENSOR, Layout
-from qcompile.backends.onnx_qcdq.recognise import parse_spec, same, shape_of
+from qcompile.backends.onnx_qcdq.recognise import float8, parse_spec, same, shape_of
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
 from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
@@ -55,13 +58,15 @@ def lower_quantize(rewriter: Rewriter, node: fx.Node, qcdq: bool) -> None:
     """Replace a quantize call; `qcdq` gives QuantizeLinear the scale wherever it can, and clips codes, not values."""
     program = rewriter.program
     x, by = program.arg(node, "x"), Parameters.of(program, node)
-    layout = _layout(program, x, by, qcdq)
+    layout, float_dtype = _layout(program, x, by, qcdq), float8(by.spec)
     x = rewriter.as_dtype(node, x, torch.float32)
-    if layout is None:
+    if float_dtype is not None:
+        largest = by.spec.element.largest
+        value = rewriter.call(node, aten.clamp.default, steps(rewriter, node, x, by), -largest, largest)
+        codes = rewriter.call(node, aten.to.dtype, value, float_dtype)
+    elif layout is None:
         value = steps(rewriter, node, x, by)
         codes = rewriter.call(node, Q, value, *unit(rewriter, node, by.spec), -1, 0, by.spec.signed)
-        if len(shape_of(codes)) > len(shape_of(x)):
-            codes = rewriter.call(node, aten.flatten.using_ints, codes, -2, -1)
     else:
         if by.partial_range and not qcdq:
             x = clip_values(rewriter, node, x, by)
@@ -69,6 +74,8 @@ def lower_quantize(rewriter: Rewriter, node: fx.Node, qcdq: bool) -> None:
         codes = rewriter.call(node, Q, x, *parameters, layout.axis, layout.block_size, by.spec.signed)
         if by.partial_range and qcdq:
             codes = rewriter.call(node, aten.clamp.default, codes, by.spec.qmin, by.spec.qmax)
+    if len(shape_of(codes)) > len(shape_of(x)):
+        codes = rewriter.call(node, aten.flatten.using_ints, codes, -2, -1)
     rewriter.replace(node, codes)
 
 
@@ -113,22 +120,29 @@ def lower_dequantize(rewriter: Rewriter, node: fx.Node, product_reader: bool, qc
 
     With `product_reader`, a product that dequantizes its weight reads the result: the scale is then multiplied after a
     DequantizeLinear by one, for onnxruntime leaves that product's weight packed only if no DequantizeLinear feeds it.
+    Where none does, DequantizeLinear gets no zero-point of int8: onnxruntime 1.32 moves it behind views and transposes
+    with a QuantizeLinear to int8 in front, makes the zero-point uint8 in the next step, and refuses its own graph.
     """
     program = rewriter.program
     codes, by = program.arg(node, "codes"), Parameters.of(program, node)
     layout = _layout(program, codes, by, qcdq)
-    if layout is None or (product_reader and layout.per_tensor and not qcdq):
+    alone = product_reader and not qcdq and layout is not None and layout.per_tensor
+    no_zero = by.spec.signed and not product_reader
+    if layout is None or alone or (no_zero and by.zero is not None):
         value = _dequantize_steps(rewriter, node, codes, by)
     else:
-        parameters = linear_parameters(rewriter, node, by, layout)
-        value = rewriter.call(node, DQ, codes, *parameters, layout.axis, layout.block_size)
+        scale, zero = linear_parameters(rewriter, node, by, layout)
+        value = rewriter.call(node, DQ, codes, scale, None if no_zero else zero, layout.axis, layout.block_size)
     rewriter.replace(node, rewriter.as_dtype(node, value, node.meta["val"].dtype))
 
 
 def _dequantize_steps(rewriter: Rewriter, at: fx.Node, codes: fx.Node, by: Parameters) -> fx.Node:
     """``(codes - zero) * scale``, with a DequantizeLinear by one for the conversion."""
     codes, group = split(rewriter, at, codes, by.scale)
-    value = rewriter.call(at, DQ, codes, *unit(rewriter, at, by.spec), -1, 0)
+    if float8(by.spec) is None:
+        value = rewriter.call(at, DQ, codes, *unit(rewriter, at, by.spec), -1, 0)
+    else:
+        value = rewriter.as_dtype(at, codes, torch.float32)
     if by.zero is not None:
         value = rewriter.call(at, aten.sub.Tensor, value, spread(rewriter, at, by.zero, group))
     value = rewriter.call(at, aten.mul.Tensor, value, spread(rewriter, at, by.scale, group))
@@ -147,7 +161,7 @@ def unit(rewriter: Rewriter, at: fx.Node, spec: QuantSpec) -> tuple[fx.Node, fx.
 
 def _layout(program: Program, operand: fx.Node, by: Parameters, qcdq: bool) -> Layout | None:
     """How QuantizeLinear takes the scale, if it can: a stored one per tensor or channel; with `qcdq` a computed one."""
-    if by.spec.zero == "float":
+    if by.spec.zero == "float" or float8(by.spec) is not None:
         return None
     sizes, operand_sizes = shape_of(by.scale), shape_of(operand)
     stored = program.is_weight(by.scale)

@@ -1,4 +1,9 @@
-"""`genai_config.json`: what onnxruntime-genai needs to know to run a decoder."""
+"""`genai_config.json`: what onnxruntime-genai needs to know to run a decoder.
+
+onnxruntime-genai 0.18 makes the cache itself: an empty key and value for each layer, of the first key's type and with
+`head_size` as their last dim. So it runs caches of codes with static scales, packed ones too, where keys and values are
+stored alike; scales as inputs it does not know.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +17,31 @@ _KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2"
 """Model types that onnxruntime-genai runs as a plain decoder; any other is declared as llama, which is one."""
 
 
-def write_genai_config(program: Program, directory: Path) -> bool:
-    """Write the file if `program` is a captured decoder with a key-value cache; whether it is."""
+def write_genai_config(program: Program, directory: Path) -> str | None:
+    """Write the file if `program` is a captured decoder whose key-value cache onnxruntime-genai can hold.
+
+    Returns a note for the manifest; None for a program that is no decoder with a cache.
+    """
     config = program.info.get("config")
     layers = sum(name.endswith("_key") and name.startswith("present_") for name in program.output_names)
     if not config or not layers or "logits" not in program.output_names:
-        return False
+        return None
+    if (reason := _why_not(program)) is not None:
+        return f"no genai_config.json: onnxruntime-genai {reason}"
     path = directory / "genai_config.json"
     path.write_text(json.dumps(_config(program, config, layers), indent=2) + "\n", encoding="utf-8")
-    return True
+    return "genai_config.json is for onnxruntime-genai"
+
+
+def _why_not(program: Program) -> str | None:
+    """What onnxruntime-genai cannot do with the cache, and the way out."""
+    past = [node for node in program.inputs if node.name.startswith("past_key_values_")]
+    if any(not node.name.endswith(("_key", "_value")) for node in past):
+        return "feeds a cache no scales; use a static kv_cache for it"
+    values = [node.meta["val"] for node in past]
+    if len({(value.dtype, *value.shape[1::2]) for value in values}) > 1:
+        return "wants keys and values of one type and shape; give both one spec for it"
+    return None
 
 
 def _config(program: Program, config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -39,23 +39,26 @@ def lower(backend: OnnxQcdqBackend, program: Program, directory: Path) -> Lowere
     model = convert(prelowered, backend.opset)
     tensors = _stored_tensors(model, program)
     rename(model, prelowered.program, prelowered.original)
-    _describe(model)
+    _describe(model, program)
     ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=backend.external_data_threshold)
     onnx.checker.check_model(str(directory / MODEL))
     count, integer = prelowered.products, prelowered.integer_products
     notes = [f"{count} products with quantized weights, {integer} of them in a form that runs on integers"]
-    if write_genai_config(program, directory):
-        notes.append("genai_config.json is for onnxruntime-genai")
+    if (note := write_genai_config(program, directory)) is not None:
+        notes.append(note)
     packages = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
     return LoweredFiles(MODEL, tensors, tuple(notes), {name: version(name) for name in packages})
 
 
-def _describe(model: ir.Model) -> None:
+def _describe(model: ir.Model, program: Program) -> None:
     import qcompile
+    from qcompile.backends.onnx_qcdq.names import MAX_POSITIONS
 
     model.producer_name, model.producer_version = "qcompile", qcompile.__version__
     model.graph.name = "main"
     model.graph.metadata_props.clear()
+    if (positions := program.info.get("max_positions")) is not None:
+        model.metadata_props[MAX_POSITIONS] = str(positions)
 
 
 def _stored_tensors(model: ir.Model, program: Program) -> tuple[StoredTensor, ...]:

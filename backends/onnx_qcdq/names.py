@@ -1,6 +1,6 @@
 """Names in the ONNX model: inputs and outputs as onnxruntime-genai calls them, values and nodes as the program does.
 
-past_key_values_0_key  ⟷  past_key_values.0.key          present_0_value  ⟷  present.0.value
+past_key_values_0_key  ⟷  past_key_values.0.key          present_0_value_scale  ⟷  present.0.value_scale
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from qcompile.backends.onnx_qcdq.rewriting import base_key
 from qcompile.ir.program import Program
 from qcompile.ir.types import dim_expr, named
 
-_CACHE = re.compile(r"(past_key_values|present)_(\d+)_(key|value)")
+_CACHE = re.compile(r"(past_key_values|present)_(\d+)_((?:key|value)(?:_scale|_zero_point)?)")
+_PUBLIC_CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.((?:key|value)(?:_scale|_zero_point)?)")
 PROGRAM_NAME = "qcompile.name"
 """Metadata of a value: the name of the program's node that it is."""
+MAX_POSITIONS = "qcompile.max_positions"
+"""Metadata of a model: how many tokens it has positions for."""
 
 
 def public_name(name: str) -> str:
     """The name of an input or output outside.
 
-    >>> public_name("past_key_values_3_key"), public_name("input_ids")
-    ('past_key_values.3.key', 'input_ids')
+    >>> public_name("past_key_values_3_key"), public_name("present_3_key_scale"), public_name("input_ids")
+    ('past_key_values.3.key', 'present.3.key_scale', 'input_ids')
     """
     match = _CACHE.fullmatch(name)
     return ".".join(match.groups()) if match else name
@@ -33,7 +36,8 @@ def public_name(name: str) -> str:
 
 def program_name(name: str) -> str:
     """The inverse of `public_name`."""
-    return re.sub(r"^(past_key_values|present)\.(\d+)\.(key|value)$", r"\1_\2_\3", name)
+    match = _PUBLIC_CACHE.fullmatch(name)
+    return "_".join(match.groups()) if match else name
 
 
 def rename(model: ir.Model, program: Program, original: Mapping[str, str]) -> None:

@@ -12,12 +12,20 @@ from torch._ops import OpOverload
 
 from qcompile.backend_base import Obstacle
 from qcompile.backends.onnx_qcdq import qparams
-from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, parse_spec, shape_of
+from qcompile.backends.onnx_qcdq.recognise import (
+    CHOOSE,
+    DEQUANTIZE,
+    FLOAT8,
+    QUANTIZE,
+    float8,
+    parse_spec,
+    shape_of,
+)
 from qcompile.errors import LoweringError, SpecError
 from qcompile.ir.program import Program
 from qcompile.numerics.element import IntElement
 from qcompile.numerics.granularity import PerBlock, PerGroup
-from qcompile.numerics.scale_type import DoubleScale, FloatScale, Pow2Scale
+from qcompile.numerics.scale_type import DoubleScale, E4M3Scale, E8M0Scale, MicroScale
 from qcompile.numerics.spec import QuantSpec
 
 _OURS = (CHOOSE, QUANTIZE, DEQUANTIZE)
@@ -49,7 +57,10 @@ def _dtypes(program: Program) -> Iterator[tuple[fx.Node, str]]:
         if not isinstance(value, torch.Tensor) or value.dtype in _DTYPES or node in scales:
             continue
         name = str(value.dtype).removeprefix("torch.")
-        yield node, f"onnxruntime computes no language model in {name}; capture the model with dtype=float32"
+        if node.name.startswith("past_key_values_"):
+            yield node, f"a cache with scales in {name} cannot be given to onnxruntime; use scale=f32 or f16"
+        else:
+            yield node, f"onnxruntime computes no language model in {name}; capture the model with dtype=float32"
 
 
 def _operator(node: fx.Node) -> Iterator[str]:
@@ -87,11 +98,11 @@ def _quantized(program: Program, node: fx.Node) -> Iterator[str]:
         yield str(error)
         return
     operand = program.arg(node, "codes" if node.target is DEQUANTIZE else "x")
-    if not isinstance(spec.element, IntElement):
-        yield f"{spec}: codes of {spec.element} are not written by onnx_qcdq; use int2 to int8"
-        return
     if (unfit := _unfit(spec)) is not None:
         yield f"{spec}: {unfit}"
+        return
+    if float8(spec) is not None and _kept(program, node):
+        yield f"{spec}: onnxruntime neither joins nor exchanges 8-bit floats, so none can be cached; use int8"
         return
     if program.is_weight(operand) and node.target is not DEQUANTIZE:
         if node.target is CHOOSE:
@@ -106,16 +117,32 @@ def _quantized(program: Program, node: fx.Node) -> Iterator[str]:
 
 
 def _unfit(spec: QuantSpec) -> str | None:
-    """What DequantizeLinear has no form for in a spec of integers."""
-    if not isinstance(spec.scale, FloatScale | Pow2Scale):
-        return f"{spec.scale} scales have no form in DequantizeLinear; use scale=f32 or pow2"
-    if isinstance(spec.zero, DoubleScale) or spec.via is not None:
-        return "quantized zero-points and via= have no form in DequantizeLinear; use zero=int, without via"
-    return (
-        "fixed-point codes have no form in DequantizeLinear; use int8"
-        if isinstance(spec.element, IntElement) and spec.element.fraction
-        else None
-    )
+    """What DequantizeLinear has no form for, and the way out."""
+    if not isinstance(spec.element, IntElement) and float8(spec) is None:
+        known = f"int1 to int8, {', '.join(FLOAT8)}"
+        return f"onnxruntime dequantizes no {spec.element}; use {known}, or another target"
+    match spec.scale:
+        case DoubleScale():
+            return "DequantizeLinear takes no scales that are quantized themselves; drop double="
+        case E8M0Scale() | MicroScale():
+            return f"onnxruntime takes no {spec.scale} scales; use scale=pow2, or another target"
+        case E4M3Scale():
+            return f"onnxruntime takes no {spec.scale} scales; use scale=f16, or another target"
+    if isinstance(spec.zero, DoubleScale):
+        return "DequantizeLinear takes no zero-points that are quantized themselves; use zero=int"
+    if spec.via is not None:
+        return f"DequantizeLinear rounds nothing to {spec.via}; drop via="
+    if isinstance(spec.element, IntElement) and spec.element.fraction:
+        return f"DequantizeLinear reads no fixed-point codes; use int{spec.bits}, whose scale says the same"
+    return None
+
+
+def _kept(program: Program, node: fx.Node) -> bool:
+    """Whether the codes that a call makes or takes are more than a step between quantize and dequantize."""
+    if node.target is QUANTIZE:
+        return any(user.target is not DEQUANTIZE for user in node.users)
+    codes = program.arg(node, "codes") if node.target is DEQUANTIZE else None
+    return codes is not None and not program.is_weight(codes) and codes.target is not QUANTIZE
 
 
 def _grouped_elsewhere(spec: object, rank: int) -> bool:

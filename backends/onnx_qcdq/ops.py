@@ -54,7 +54,7 @@ def code_dtype(signed: bool) -> torch.dtype:
 
 @custom_op(f"{NAMESPACE}::dequantize_linear", mutates_args=())
 def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, block_size: int) -> Tensor:
-    """DequantizeLinear: values of int8 or uint8 `codes` in `scale`'s dtype."""
+    """DequantizeLinear: values of `codes`, int8, uint8 or an 8-bit float, in `scale`'s dtype."""
     values = codes.to(scale.dtype)
     if zero_point is not None:
         values = values - _spread(zero_point, codes, axis, block_size).to(scale.dtype)
@@ -126,6 +126,17 @@ def _(pairs: Tensor) -> Tensor:
     return pairs.new_empty((*pairs.shape[:-1], 2 * pairs.shape[-1]))
 
 
+@custom_op(f"{NAMESPACE}::bit_shift", mutates_args=())
+def bit_shift(x: Tensor, bits: int, left: bool) -> Tensor:
+    """BitShift of uint8 `x` [...] by `bits` to the left or right; what leaves the byte is lost, zeros come in."""
+    return torch.bitwise_left_shift(x, bits) if left else torch.bitwise_right_shift(x, bits)
+
+
+@bit_shift.register_fake
+def _(x: Tensor, bits: int, left: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
 QUANTIZE_LINEAR = torch.ops.qcompile_onnx.quantize_linear.default
 DEQUANTIZE_LINEAR = torch.ops.qcompile_onnx.dequantize_linear.default
 DYNAMIC_QUANTIZE_LINEAR = torch.ops.qcompile_onnx.dynamic_quantize_linear.default
@@ -133,3 +144,4 @@ MATMUL = torch.ops.qcompile_onnx.matmul.default
 GATHER = torch.ops.qcompile_onnx.gather.default
 CLIP = torch.ops.qcompile_onnx.clip.default
 UNPAIR = torch.ops.qcompile_onnx.unpair.default
+BIT_SHIFT = torch.ops.qcompile_onnx.bit_shift.default

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from qcompile.backends.onnx_qcdq import gathers, ops
@@ -17,7 +18,10 @@ from qcompile.backends.onnx_qcdq.qparams import lower_choose_qparams, merge_equa
 from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, match_product, match_weight
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten, base_key
 from qcompile.ir.program import Program
+from qcompile.numerics.element import IntElement
 from qcompile.numerics.spec import QuantSpec
+
+_SHIFTS = (aten.bitwise_left_shift.Tensor_Scalar, aten.bitwise_right_shift.Tensor_Scalar)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def prelower(program: Program, style: str = "fused") -> Prelowered:
     rewriter = Rewriter(program)
     merge_equal(rewriter)
     specs = _specs(rewriter.program)
-    bits = {key: spec.bits for key, spec in specs.items()}
+    bits = {key: spec.bits for key, spec in specs.items() if isinstance(spec.element, IntElement)}
     products = [p for node in rewriter.program.nodes if (p := match_product(rewriter.program, node)) is not None]
     integer = sum([lower_product(rewriter, product, style == "fused") for product in products])
     rewriter.program.refresh()
@@ -49,6 +53,7 @@ def prelower(program: Program, style: str = "fused") -> Prelowered:
         lower_dequantize(rewriter, node, _feeds_product(node), style == "qcdq")
     for node in rewriter.program.calls(CHOOSE):
         lower_choose_qparams(rewriter, node)
+    _lower_shifts(rewriter)
     rewriter.program.refresh()
     return Prelowered(
         rewriter.program,
@@ -71,8 +76,8 @@ def _sub_byte(program: Program, bits: dict[str, int]) -> dict[str, int]:
     found: dict[str, int] = {}
     for node in program.calls(ops.DEQUANTIZE_LINEAR):
         codes, zero = program.arg(node, "codes"), program.arg(node, "zero_point")
-        if program.is_weight(codes):
-            width = bits[base_key(program.key(codes))]
+        width = bits.get(base_key(program.key(codes))) if program.is_weight(codes) else None
+        if width is not None:
             found.update({program.key(part): width for part in (codes, zero) if part is not None})
     return found
 
@@ -87,7 +92,17 @@ def _lower_weights(rewriter: Rewriter) -> None:
         rewriter.replace(node, rewriter.as_dtype(node, value, node.meta["val"].dtype))
 
 
+def _lower_shifts(rewriter: Rewriter) -> None:
+    """Shift bytes as they are: the exporter takes them for signed, and writes types that do not fit together."""
+    for node in rewriter.program.calls(*_SHIFTS):
+        x, bits = node.args
+        if isinstance(bits, int) and node.meta["val"].dtype == torch.uint8:
+            left = node.target is _SHIFTS[0]
+            rewriter.replace(node, rewriter.call(node, ops.BIT_SHIFT, x, bits, left))
+
+
 def _feeds_product(node: fx.Node) -> bool:
-    """Whether a product that dequantizes its weight reads the node, perhaps through a cast."""
-    readers = [r for user in node.users for r in (user.users if user.target is aten.to.dtype else [user])]
+    """Whether a product that dequantizes its weight reads the node, perhaps through a cast or with an axis in front."""
+    between = (aten.to.dtype, aten.unsqueeze.default)
+    readers = [r for user in node.users for r in (user.users if user.target in between else [user])]
     return any(reader.target is ops.MATMUL for reader in readers)

@@ -27,6 +27,7 @@ from qcompile.backends.onnx_qcdq.recognise import (
     Product,
     QuantizedActivation,
     QuantizedWeight,
+    float8,
     match_activation,
     parse_spec,
     same,
@@ -64,7 +65,8 @@ def _one_scale_for_k(product: Product) -> bool:
     """Whether the weight is one that integer kernels take: 8 bits, one scale along K, no zero-point between codes."""
     layout, spec = product.layout, product.weight.spec
     per_output = layout.per_tensor or (layout.axis == 1 and not layout.blocked)
-    return spec.bits > 4 and per_output and not product.weight.float_zero
+    integers = isinstance(spec.element, IntElement) and spec.bits > 4
+    return integers and per_output and not product.weight.float_zero
 
 
 # ---------------------------------------------------------------- the weight
@@ -80,27 +82,36 @@ def dequantize_linear(
     rewriter: Rewriter, at: fx.Node, weight: QuantizedWeight, layout: Layout, transposed: bool
 ) -> fx.Node:
     """DequantizeLinear of stored codes; of a float zero-point nothing is subtracted here."""
-    codes = stored(rewriter, weight.codes, None, transposed)
-    scale = stored(rewriter, weight.scale, layout, transposed)
+    codes = _stored_codes(rewriter, weight, transposed)
+    scale = _stored(rewriter, weight.scale, layout, transposed)
     zero = weight.zero
-    zero_node = None if zero is None or weight.float_zero else stored(rewriter, zero, layout, transposed)
+    zero_node = None if zero is None or weight.float_zero else _stored(rewriter, zero, layout, transposed)
     scale = rewriter.as_dtype(at, scale, torch.float32)
     return rewriter.call(at, DQ, codes, scale, zero_node, layout.axis, layout.block_size)
 
 
-def stored(rewriter: Rewriter, node: fx.Node, layout: Layout | None, transposed: bool) -> fx.Node:
-    """A weight's codes, scale or zero-point, transposed where asked and in the layout's shape."""
+def _stored_codes(rewriter: Rewriter, weight: QuantizedWeight, transposed: bool) -> fx.Node:
+    """A weight's codes, transposed where asked; bit patterns of 8-bit floats as those floats."""
+    key, dtype = rewriter.program.key(weight.codes), float8(weight.spec) or weight.spec.storage
+    if not transposed and dtype == weight.spec.storage:
+        return weight.codes
+
+    def compute(codes: Tensor) -> Tensor:
+        return (codes.t() if transposed else codes).view(dtype)
+
+    shape = weight.shape[::-1] if transposed else weight.shape
+    return rewriter.derive(key + (TRANSPOSED if transposed else "@nk"), (key,), compute, shape, dtype)
+
+
+def _stored(rewriter: Rewriter, node: fx.Node, layout: Layout, transposed: bool) -> fx.Node:
+    """A weight's scale or zero-point, transposed where asked and in the layout's shape."""
     key = rewriter.program.key(node)
-    shape, dtype = rewriter.source.meta(key)
+    _, dtype = rewriter.source.meta(key)
 
-    def compute(tensor: Tensor) -> Tensor:
-        tensor = tensor.t() if transposed else tensor
-        return tensor if layout is None else layout.apply(tensor)
+    def compute(parameter: Tensor) -> Tensor:
+        return layout.apply(parameter.t() if transposed else parameter)
 
-    target = layout.shape if layout is not None else shape[::-1] if transposed else shape
-    if layout is None and not transposed:
-        return node
-    return rewriter.derive(key + (TRANSPOSED if transposed else "@nk"), (key,), compute, target, dtype)
+    return rewriter.derive(key + (TRANSPOSED if transposed else "@nk"), (key,), compute, layout.shape, dtype)
 
 
 # ---------------------------------------------------------------- forms
@@ -150,7 +161,7 @@ def _zero_product(rewriter: Rewriter, product: Product, x: fx.Node) -> fx.Node:
 
 
 def _integer_form(rewriter: Rewriter, product: Product, activation: QuantizedActivation) -> fx.Node | None:
-    if activation.spec.zero == "float":
+    if activation.spec.zero == "float" or not isinstance(activation.spec.element, IntElement):
         return None
     sizes = shape_of(activation.scale)
     if activation.static:

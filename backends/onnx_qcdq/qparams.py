@@ -16,6 +16,7 @@ from torch import fx
 from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, parse_spec, shape_of
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten
 from qcompile.numerics.criterion import AbsMax, MinMax
+from qcompile.numerics.element import IntElement
 from qcompile.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from qcompile.numerics.scale_type import FloatScale, scaling_min
 from qcompile.numerics.spec import QuantSpec
@@ -25,9 +26,12 @@ def why_not(spec: QuantSpec, rank: int) -> str | None:
     """Why parameters of `spec` cannot be chosen at run time, and the way out; None where they can."""
     if not isinstance(spec.observer, AbsMax | MinMax):
         return f"{spec}: observer {spec.observer} at run time has no ONNX form; use absmax or minmax, or static"
-    if not isinstance(spec.scale, FloatScale) or spec.scaling_min is not None:
-        kind = "scaling_min" if isinstance(spec.scale, FloatScale) else f"{spec.scale} scales"
-        return f"{spec}: {kind} at run time have no ONNX form; use scale=f32"
+    if not isinstance(spec.scale, FloatScale):
+        return f"{spec}: {spec.scale} scales at run time have no ONNX form; use scale=f32"
+    if spec.scaling_min is not None and spec.range == "signed":
+        return f"{spec}: scaling_min has no ONNX form where scales have a sign; use range=half"
+    if spec.when == "no_scale":
+        return f"{spec}: a cast without scales has no ONNX form; use token or tensor dynamic"
     if isinstance(spec.granularity, PerBlock):
         return f"{spec}: {spec.granularity} at run time has no ONNX form; use token or group="
     if isinstance(spec.granularity, PerGroup) and spec.granularity.axis % rank != rank - 1:
@@ -68,18 +72,31 @@ def _parameters(rewriter: Rewriter, at: fx.Node, x: fx.Node, spec: QuantSpec) ->
         x = rewriter.call(at, aten.unflatten.int, x, -1, [shape_of(x)[-1] // size, size])
     if not spec.symmetric:
         return _asymmetric(rewriter, at, x, spec, axes, keep)
-    if spec.range == "signed" and spec.signed:
-        step = _signed_step(rewriter, at, x, spec, axes, keep)
-    elif spec.signed:
-        codes = 2.0 ** (spec.bits - 1)
-        divisor = {"narrow": codes - 1, "half": codes - 0.5, "full": codes}[spec.range]
-        largest = rewriter.call(at, aten.amax.default, rewriter.call(at, aten.abs.default, x), axes, keep)
-        step = rewriter.call(at, aten.div.Tensor, largest, divisor)
-    else:
-        step = rewriter.call(at, aten.div.Tensor, rewriter.call(at, aten.amax.default, x, axes, keep), float(spec.qmax))
-    if spec.range != "signed" or not spec.signed:
-        step = rewriter.call(at, aten.clamp.default, step, scaling_min(spec.scale))
+    step = _symmetric(rewriter, at, x, spec, axes, keep)
     return rewriter.as_dtype(at, step, spec.scale_dtype), None
+
+
+def _symmetric(rewriter: Rewriter, at: fx.Node, x: fx.Node, spec: QuantSpec, axes: list[int], keep: bool) -> fx.Node:
+    if spec.range == "signed" and spec.signed:
+        return _signed_step(rewriter, at, x, spec, axes, keep)
+    if spec.has_negatives:
+        x = rewriter.call(at, aten.abs.default, x)
+    largest = rewriter.call(at, aten.amax.default, x, axes, keep)
+    step = rewriter.call(at, aten.div.Tensor, largest, _divisor(spec))
+    return rewriter.call(at, aten.clamp.default, step, _least(spec))
+
+
+def _divisor(spec: QuantSpec) -> float:
+    """What the largest magnitude is divided by."""
+    if not isinstance(spec.element, IntElement):
+        return spec.element.largest
+    codes = 2.0 ** (spec.bits - 1)
+    return {"narrow": codes - 1, "half": codes - 0.5, "full": codes}[spec.range] if spec.signed else float(spec.qmax)
+
+
+def _least(spec: QuantSpec) -> float:
+    """The least magnitude of a scale."""
+    return max(scaling_min(spec.scale), spec.scaling_min or 0.0)
 
 
 def _axes(spec: QuantSpec, rank: int) -> tuple[list[int], bool]:
@@ -108,7 +125,7 @@ def _asymmetric(
     high = rewriter.call(at, aten.clamp.default, rewriter.call(at, aten.amax.default, x, axes, keep), 0.0)
     width = rewriter.call(at, aten.sub.Tensor, high, low)
     step = rewriter.call(at, aten.div.Tensor, width, float(spec.qmax - spec.qmin))
-    step = rewriter.call(at, aten.clamp.default, step, scaling_min(spec.scale))
+    step = rewriter.call(at, aten.clamp.default, step, _least(spec))
     scale = rewriter.as_dtype(at, step, spec.scale_dtype)
     shift = rewriter.call(at, aten.div.Tensor, low, rewriter.as_dtype(at, scale, torch.float32))
     zero = rewriter.call(at, aten.rsub.Scalar, shift, float(spec.qmin))

@@ -24,6 +24,19 @@ DEQUANTIZE = torch.ops.qcompile.dequantize.default
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
 
 
+FLOAT8 = {
+    "e4m3fn": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "e4m3fnuz": torch.float8_e4m3fnuz,
+    "e5m2fnuz": torch.float8_e5m2fnuz,
+}
+
+
+def float8(spec: QuantSpec) -> torch.dtype | None:
+    """The dtype, in torch and in ONNX, whose bit patterns the codes are; None for codes that are no 8-bit floats."""
+    return FLOAT8.get(str(spec.element))
+
+
 @cache
 def parse_spec(text: str) -> QuantSpec:
     """`QuantSpec.parse`, remembered: a program has a handful of specs and thousands of uses."""

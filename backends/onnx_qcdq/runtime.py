@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompile.backends.onnx_qcdq.names import program_name
+from qcompile.backends.onnx_qcdq.names import MAX_POSITIONS, program_name
 from qcompile.errors import ArtifactError, QCompileError
 from qcompile.generate import generate
 from qcompile.ir.run import InputType, fill_inputs
@@ -77,12 +76,9 @@ class OnnxRunner:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model has positions for, where ``genai_config.json`` says so."""
-        path = self.directory / "genai_config.json"
-        if not path.is_file():
-            return None
-        length = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
-        return None if length is None else int(length)
+        """Tokens that the model has positions for; None where it does not say."""
+        told = self.session.get_modelmeta().custom_metadata_map.get(MAX_POSITIONS)
+        return None if told is None else int(told)
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int = 32, eos_token_id: int | Sequence[int] | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from qcompile.backends.onnx_qcdq import ops
 
 
@@ -44,6 +46,13 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         both = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
         return op.Reshape(both, op.Constant(value_ints=[0] * (len(pairs.shape) - 1) + [-1]))
 
+    def bit_shift(x: Any, bits: int, left: bool) -> Any:
+        return op.BitShift(x, op.Constant(value=_byte(bits)), direction="LEFT" if left else "RIGHT")
+
+    def sym_stride(x: Any, dim: int) -> Any:
+        # Of two inputs the exporter reads a size off the stride that equals it, were it that of an axis of one.
+        return op.ReduceProd(op.Shape(x, start=dim + 1), keepdims=0)
+
     return {
         ops.QUANTIZE_LINEAR: quantize_linear,
         ops.DEQUANTIZE_LINEAR: dequantize_linear,
@@ -52,6 +61,8 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         ops.GATHER: gather,
         ops.CLIP: clip,
         ops.UNPAIR: unpair,
+        ops.BIT_SHIFT: bit_shift,
+        torch.ops.aten.sym_stride.int: sym_stride,
     }
 
 

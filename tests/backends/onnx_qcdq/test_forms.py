@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import pytest
 import torch
-from onnx_programs import Layer, error, optimized, products
+from onnx_programs import Layer, declare, error, optimized, products
 
 from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
 from qcompile.ir.program import Program
+from qcompile.numerics.spec import QuantSpec
+from qcompile.passes.quantize.insert_qdq import InsertQDQ
+from qcompile.passes.quantize.rtn import RTN
+from qcompile.recipe.model import Rule
 
 WEIGHT_ONLY = {
     "g16": Layer("int4 sym group=16"),
@@ -86,6 +91,75 @@ def test_tensor_wide_unsigned_range_is_one_kernel(tmp_path: Path) -> None:
 def test_four_bit_weights_stay_packed_behind_quantized_activations(tmp_path: Path) -> None:
     count = check(products(MIXED), tmp_path)
     assert count["MatMulNBits"] == len(MIXED)
+
+
+FLOATS = {
+    "rows": Layer("e4m3fn channel"),
+    "grouped": Layer("e5m2 group=16"),
+    "tensor": Layer("e4m3fnuz tensor scale=f16", bias=False),
+    "blocks": Layer("e5m2fnuz block=16x16"),
+    "behind_integers": Layer("e4m3fn channel", "int8 sym token dynamic"),
+    "token": Layer("e4m3fn channel", "e4m3fn token dynamic"),
+    "static": Layer("int8 sym channel", "e5m2 tensor static"),
+}
+
+
+def test_eight_bit_floats_are_stored_as_such(tmp_path: Path) -> None:
+    check(products(FLOATS), tmp_path)
+    kinds = {i.name: i.data_type for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    kind = onnx.TensorProto
+    assert kinds["rows.weight.codes"] == kind.FLOAT8E4M3FN
+    assert kinds["grouped.weight.codes"] == kind.FLOAT8E5M2
+    assert kinds["tensor.weight.codes"] == kind.FLOAT8E4M3FNUZ
+    assert kinds["blocks.weight.codes"] == kind.FLOAT8E5M2FNUZ
+
+
+CONVOLUTIONS = """
+def main(x: f32[batch, 64, 5], image: f32[batch, 8, 6, 6], *, a: f32[32, 64, 3], b: f32[64, 1, 4], c: f32[16, 8, 3, 3]):
+    ya: none = aten.conv1d.default(x, a, None, [1], [1])  # a
+    yb: none = aten.conv1d.default(x, b, None, [1], [3], [1], 64)  # b
+    yc: none = aten.conv2d.default(image, c, None, [2, 2], [1, 1])  # c
+    return {"ya": ya, "yb": yb, "yc": yc}"""
+
+
+def test_convolutions_read_dequantized_weights(tmp_path: Path) -> None:
+    program = Program.parse(CONVOLUTIONS.strip())
+    rules = (Rule(match="b", weights="e4m3fn channel"), Rule(match="c", weights="int8 asym channel"))
+    InsertQDQ(weights="int4 sym group=16", rules=rules).run(program)
+    RTN().run(program)
+    backend = OnnxQcdqBackend()
+    backend.lower(program, tmp_path)
+    feeds = {"x": torch.randn(2, 64, 5), "image": torch.randn(2, 8, 6, 6)}
+    expected, ours = program.run(feeds), backend.load(tmp_path).run(feeds)
+    assert all(error(ours[name], expected[name]) < 1e-6 for name in expected)
+    codes = dict(backend.stored_codes(tmp_path))
+    assert all(torch.equal(codes[name], program.weights[f"{name}.codes"]) for name in "abc")
+
+
+MOVED = """
+def main(x: f32[batch, 8, 16], *, {declared}):
+    {body}
+    turned: none = aten.transpose.int(d, 1, 2)
+    flat: none = aten.flatten.using_ints(d, 1)
+    y: none = aten.matmul.default(d, turned)
+    return {{"y": y, "flat": flat}}"""
+
+
+@pytest.mark.parametrize("style", ["fused", "qcdq"])
+@pytest.mark.parametrize("spec", ["int8 sym tensor static", "int8 asym tensor static", "uint8 asym tensor static"])
+def test_static_values_may_be_moved(spec: str, style: Literal["fused", "qcdq"], tmp_path: Path) -> None:
+    x = torch.randn(2, 8, 16)
+    made = QuantSpec.parse(spec).quantize(x)
+    weights = {"s": made.scale} | ({} if made.zero_point is None else {"z": made.zero_point})
+    zero = "z" if made.zero_point is not None else "None"
+    body = f'q: none = qcompile.quantize.default(x, s, {zero}, "{spec}")'
+    body += f'\n    d: none = qcompile.dequantize.default(q, s, {zero}, "{spec}")'
+    declared = ", ".join(declare(name, name, tensor) for name, tensor in weights.items())
+    program = Program.parse(MOVED.format(declared=declared, body=body).strip(), weights)
+    backend = OnnxQcdqBackend(style=style)
+    backend.lower(program, tmp_path)
+    expected, ours = program.run({"x": x}), backend.load(tmp_path).run({"x": x})
+    assert all(error(ours[name], expected[name]) < 1e-6 for name in expected)
 
 
 def test_negative_scales_are_kept(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
 from qcompile.errors import LoweringError, QCompileError, RecipeError
 from qcompile.ir.program import Program
 from qcompile.passes.quantize.insert_qdq import InsertQDQ
+from qcompile.passes.quantize.kv_cache import QuantizeKVCache
+from qcompile.passes.quantize.rtn import RTN
 
 
 def reasons(program: Program) -> list[str]:
@@ -39,12 +41,74 @@ def test_weights_that_are_not_rounded() -> None:
         ("int8 sym token percentile=99.9 dynamic", "observer percentile=99.9 at run time"),
         ("int8 sym token mse dynamic", "observer mse at run time"),
         ("int8 sym token scale=pow2 dynamic", "pow2 scales at run time"),
+        ("int8 sym signed token scaling_min=0.1 dynamic", "scaling_min has no ONNX form where scales have a sign"),
+        ("e4m3fn no_scale", "a cast without scales has no ONNX form"),
     ],
 )
 def test_parameters_chosen_at_run_time(spec: str, says: str) -> None:
     (found,) = reasons(products({"a": Layer("int8 sym channel", spec)}))
     assert says in found
     assert "; use" in found
+
+
+LINEAR = "def main(x: f32[batch, 64], *, w: f32[32, 64]):\n    y = aten.linear.default(x, w)\n    return {'y': y}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mxfp4", "onnxruntime dequantizes no e2m1; use int1 to int8, e4m3fn, e5m2, e4m3fnuz, e5m2fnuz, or another"),
+        ("e3m2 channel", "dequantizes no e3m2"),
+        ("e4m3(plain) channel", "dequantizes no e4m3(plain)"),
+        ("nf4 group=64", "dequantizes no nf4"),
+        ("nvfp4", "dequantizes no e2m1"),
+        ("mxfp8_e4m3", "takes no e8m0 scales; use scale=pow2"),
+        ("mxint8", "takes no e8m0 scales; use scale=pow2"),
+        ("bfp16", "takes no e8m0(bfp) scales; use scale=pow2"),
+        ("mx9", "takes no micro(16) scales; use scale=pow2"),
+        ("int4 group=16 scale=e4m3", "takes no e4m3 scales; use scale=f16"),
+        ("int4 group=16 double=8x256", "takes no scales that are quantized themselves; drop double="),
+        ("int4 asym group=16 zero=8x256", "takes no zero-points that are quantized themselves; use zero=int"),
+        ("int4 group=16 via=e4m3fn", "rounds nothing to e4m3fn; drop via="),
+        ("int8.6 group=32 scale=pow2", "reads no fixed-point codes; use int8"),
+    ],
+)
+def test_formats(spec: str, says: str) -> None:
+    program = Program.parse(LINEAR)
+    InsertQDQ(weights=spec).run(program)
+    RTN().run(program)
+    (found,) = reasons(program)
+    assert says in found
+    assert found.startswith("dequantize (module top): ")
+
+
+CACHE = """def main(x: f32[b, 2, s, 8], past_key_values_0_key: f32[b, 2, past, 8]):
+    keys = aten.cat.default([past_key_values_0_key, x], 2)  # attn
+    y = aten.neg.default(keys)
+    return {"y": y, "present_0_key": keys}"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (
+            "e4m3fn token dynamic",
+            "key_quantize (module attn): e4m3fn token dynamic: onnxruntime neither joins nor exchang",
+        ),
+        ("e5m2 tensor static", "so none can be cached; use int8"),
+        ("nf4 token dynamic", "dequantizes no nf4"),
+        (
+            "int8 token scale=bf16 dynamic",
+            "a cache with scales in bfloat16 cannot be given to onnxruntime; use scale=f32",
+        ),
+        ("int8 group=4 scale=e8m0 dynamic", "a cache with scales in float8_e8m0fnu cannot be given"),
+        ("int8 token scale=pow2 dynamic", "pow2 scales at run time have no ONNX form; use scale=f32"),
+    ],
+)
+def test_caches(spec: str, says: str) -> None:
+    program = Program.parse(CACHE)
+    QuantizeKVCache(keys=spec).run(program)
+    assert says in reasons(program)[0] + reasons(program)[-1]
 
 
 ACTIVATION = """

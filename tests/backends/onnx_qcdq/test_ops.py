@@ -32,11 +32,13 @@ BODY = """
     product: none = qcompile_onnx.matmul.default(x, w)
     rows: none = qcompile_onnx.gather.default(table, ids)
     halves: none = qcompile_onnx.unpair.default(rows)
+    left: none = qcompile_onnx.bit_shift.default(rows, 4, True)
+    right: none = qcompile_onnx.bit_shift.default(rows, 6, False)
     clip_all: none = qcompile_onnx.clip.default(x, low, high)
     clip_each: none = qcompile_onnx.clip.default(x, lows, highs)
 """
 OUTPUTS = ["q_tensor", "q_axis", "q_block", "d_tensor", "d_axis", "d_block", "c", "d_dynamic", "product", "rows"]
-OUTPUTS += ["halves", "clip_all", "clip_each"]
+OUTPUTS += ["halves", "left", "right", "clip_all", "clip_each"]
 
 
 def program() -> Program:

@@ -6,11 +6,12 @@ import operator
 
 import pytest
 import torch
-from onnx_programs import Layer, decoder, error, products, prompt, quantized
+from onnx_programs import Layer, declare, decoder, error, products, prompt, quantized
 
 from qcompile.backends.onnx_qcdq import ops
 from qcompile.backends.onnx_qcdq.prelower import prelower
 from qcompile.ir.program import Program
+from qcompile.numerics.spec import QuantSpec
 
 WEIGHTS = {
     "grouped": "int4 sym group=16",
@@ -22,6 +23,8 @@ WEIGHTS = {
     "three": "int3 sym tensor",
     "blocks": "int4 sym block=16x16",
     "halves": "int4 sym group=16 scale=f16",
+    "floats": "e4m3fn group=16",
+    "float_rows": "e5m2fnuz channel",
 }
 ACTIVATIONS = [
     None,
@@ -41,6 +44,11 @@ ACTIVATIONS = [
     "int8 asym tensor static",
     "uint4 asym tensor static",
     "int8 sym channel static",
+    "int8 asym channel static",
+    "int8 sym token scaling_min=0.01 dynamic",
+    "e4m3fn token dynamic",
+    "e5m2 group=16 dynamic",
+    "e4m3fnuz tensor static",
 ]
 
 
@@ -109,25 +117,50 @@ def test_a_matrix_with_bias_gets_an_axis_in_front() -> None:
 
 
 TABLE = """
-def main(ids: i64[batch, sequence], *, c: {kind}[10, 8] = "t.codes", s: f32[10, 2] = "t.scale"):
-    t: none = qcompile.dequantize.default(c, s, None, "{spec}")
+def main(ids: i64[batch, sequence], *, {declared}):
+    t: none = qcompile.dequantize.default(t_c, t_s, {zero}, "{spec}")
     y: none = aten.embedding.default(t, ids)
     z: none = aten.index.Tensor(t, [ids])
     return {{"y": y, "z": z}}
 """
 
 
+def table(spec: str, shape: tuple[int, ...]) -> Program:
+    """Rows of a quantized table of `shape`, taken twice."""
+    made = QuantSpec.parse(spec).quantize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    parts = {"c": ("t.codes", made.codes), "s": ("t.scale", made.scale)}
+    if made.zero_point is not None:
+        parts["z"] = ("t.zero_point", made.zero_point)
+    declared = ", ".join(declare(f"t_{short}", key, tensor) for short, (key, tensor) in parts.items())
+    text = TABLE.format(declared=declared, zero="t_z" if "z" in parts else "None", spec=spec).strip()
+    if len(shape) > 2:  # embedding takes matrices only
+        text = text.replace("y: none = aten.embedding.default(t, ids)", "y: none = aten.index.Tensor(t, [ids])")
+    return Program.parse(text, dict(parts.values()))
+
+
 @pytest.mark.parametrize(
-    ("spec", "kind"), [("int4 sym group=4", "i8"), ("uint4 sym group=4", "u8"), ("int8 sym group=4", "i8")]
+    ("spec", "shape"),
+    [
+        ("int4 sym group=4", (10, 8)),
+        ("uint4 asym group=4", (10, 8)),
+        ("int8 sym group=4", (10, 8)),
+        ("int8 asym channel", (10, 8)),
+        ("int8 asym tensor", (10, 8)),
+        ("e4m3fn channel", (10, 8)),
+        ("e5m2 group=4", (10, 8)),
+        ("e4m3fnuz tensor", (10, 8)),
+        ("int4 sym group=4", (5, 6, 8)),
+        ("int8 asym channel axis=0", (5, 6, 8)),
+        ("e5m2fnuz channel axis=0,1", (5, 6, 8)),
+    ],
 )
-def test_rows_are_gathered_before_they_are_dequantized(spec: str, kind: str) -> None:
-    low, high = (0, 16) if kind == "u8" else (-8, 8)
-    weights = {"t.codes": torch.randint(low, high, (10, 8)).to(torch.uint8 if kind == "u8" else torch.int8)}
-    weights["t.scale"] = torch.rand(10, 2)
-    program = Program.parse(TABLE.format(spec=spec, kind=kind).strip(), weights)
+def test_rows_are_gathered_before_they_are_dequantized(spec: str, shape: tuple[int, ...]) -> None:
+    program = table(spec, shape)
     rewritten = prelower(program).program
-    assert len(rewritten.calls(ops.GATHER)) == 4
-    ids = torch.tensor([[0, 9, 3]])
+    gathered = [node.args[0] for node in rewritten.calls(ops.GATHER) if node.args[0].meta["val"].ndim > 1]
+    assert {str(rewritten.key(node)).partition("@")[0] for node in gathered} >= {"t.codes"}
+    assert all("@nk" not in key for key in rewritten.weights)  # nothing is dequantized as a whole
+    ids = torch.tensor([[0, 4, 3]])
     expected = program.run({"ids": ids})
     assert all(torch.equal(value, expected[name]) for name, value in rewritten.run({"ids": ids}).items())
 

@@ -15,7 +15,16 @@ from qcompile.errors import ArtifactError, QCompileError
 from qcompile.ir.run import fill
 
 
-@pytest.mark.parametrize("name", ["past_key_values_0_key", "present_12_value", "input_ids", "logits", "past_key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "past_key_values_0_key",
+        "present_12_value",
+        "past_key_values_0_key_zero_point",
+        "present_3_value_scale",
+        "input_ids",
+    ],
+)
 def test_names_go_there_and_back(name: str) -> None:
     assert program_name(public_name(name)) == name
 
