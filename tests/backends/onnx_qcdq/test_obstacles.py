@@ -70,7 +70,6 @@ LINEAR = "def main(x: f32[batch, 64], *, w: f32[32, 64]):\n    y = aten.linear.d
         ("int4 group=16 double=8x256", "takes no scales that are quantized themselves; drop double="),
         ("int4 asym group=16 zero=8x256", "takes no zero-points that are quantized themselves; use zero=int"),
         ("int4 group=16 via=e4m3fn", "rounds nothing to e4m3fn; drop via="),
-        ("int8.6 group=32 scale=pow2", "reads no fixed-point codes; use int8"),
     ],
 )
 def test_formats(spec: str, says: str) -> None:
