@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM  # noqa: F401  (loaded before a test hides packages)
 from onnx_programs import Layer, decoder, products, quantized
+from transformers import AutoModelForCausalLM  # noqa: F401  (loaded before a test hides packages)
 
 from qcompile.backends.onnx_qcdq import OnnxQcdqBackend
 from qcompile.errors import LoweringError, QCompileError, RecipeError
