@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,19 +12,24 @@ import torch
 from torch import Tensor
 
 from qcompile.capture import capture
+from qcompile.drift import Drift
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill
 from qcompile.pass_base import CalibratedPass, Pass, Report, parse_pipeline
-from qcompile.pass_manager import Drift, Instrument, PassManager
+from qcompile.pass_manager import Instrument, PassManager
 from qcompile.recipe import Recipe, pipeline, resolve
 from qcompile.report import CompileReport
 
 if TYPE_CHECKING:
     from qcompile.compiled import CompiledModel
 
-# Largest drift that a function-preserving pass may cause, by the model's dtype: max |Δ| / max |before|.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+CHECK_EACH_BELOW = 2 << 30
+"""Bytes of weights, counted as float32, beyond which ``verify: auto`` checks at the end of preserving passes only."""
+
+# Largest drift that a function-preserving pass may cause, by the type computed in: max |Δ| / max |before|. In half
+# precision it is what rounding every weight of a 32-layer decoder anew was seen to move the logits by.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def compile(
@@ -76,11 +82,12 @@ def run_passes(program: Program, passes: str | Iterable[Pass], data: Iterable[Te
 
 
 def check_feeds(program: Program) -> dict[str, Tensor]:
-    """Small fixed inputs to check a pass on: two seeded random prompts of eight tokens."""
+    """Small fixed inputs to check a pass on: two seeded random prompts of eight tokens, one for a large model."""
     random = torch.Generator().manual_seed(0)
     if "input_ids" in {n.name for n in program.inputs}:
         vocabulary = int(program.info.get("vocab_size") or 2)
-        return fill(program, {"input_ids": torch.randint(0, vocabulary, (2, 8), generator=random)})
+        prompts = torch.randint(0, vocabulary, (2, 8), generator=random)
+        return fill(program, {"input_ids": prompts[:1] if _large(program) else prompts})
     feeds = {}
     for node in program.inputs:
         fake = node.meta["val"]
@@ -96,12 +103,31 @@ def _drift(program: Program, recipe: Recipe, passes: Sequence[Pass]) -> list[Ins
     """The self-check that the recipe asks for: function-preserving passes must keep the outputs."""
     if recipe.verify == "off":
         return []
-    floats = {n.meta["val"].dtype for n in program.weight_nodes if n.meta["val"].dtype.is_floating_point}
-    tolerance = max((_TOLERANCE.get(d, 1e-4) for d in floats), default=1e-4)
-    # "end": once after each run of preserving passes, not after every one of them.
+    large = _large(program)
+    once = recipe.verify == "end" or (recipe.verify == "auto" and large)
+    # Once after each run of preserving passes, not after every one of them.
     last = [i for i, p in enumerate(passes) if p.preserves_function]
-    ends = frozenset(i for i in last if i + 1 not in last) if recipe.verify == "end" else None
-    return [Drift(check_feeds(program), tolerance, only_preserving=True, at=ends)]
+    ends = frozenset(i for i in last if i + 1 not in last) if once else None
+    says = (
+        f"compared on a prompt of 8 tokens, {_float32_bytes(program) / 1e9:.1f} GB of weights in float32 read each time"
+    )
+    return [Drift(check_feeds(program), _tolerance(program), True, ends, says if large else "")]
+
+
+def _tolerance(program: Program) -> float:
+    """That of the coarsest type the program computes in: a float64 model may well normalize in float32."""
+    values = [node.meta["val"] for node in program.graph.nodes if node.op != "output"]
+    known = [_TOLERANCE[v.dtype] for v in values if isinstance(v, Tensor) and v.dtype in _TOLERANCE]
+    return max(known, default=_TOLERANCE[torch.float32])
+
+
+def _large(program: Program) -> bool:
+    return _float32_bytes(program) > CHECK_EACH_BELOW
+
+
+def _float32_bytes(program: Program) -> int:
+    metas = [program.weights.meta(key) for key in program.weights]
+    return sum(4 * math.prod(shape) for shape, _ in metas)
 
 
 def _batches(passes: Sequence[Pass], recipe: Recipe, data: Any, reference: Program) -> Iterable[Tensor] | None:

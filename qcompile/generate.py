@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
+from qcompile.ir.state import past_name
 
 CACHED_BELOW = 4 << 30
 """Bytes of weights up to which a model that is run over and over is kept in memory; a larger one is read each time."""
@@ -121,11 +122,8 @@ class Decoding:
             raise QCompileError(
                 f"the model returns {list(outputs)}, no 'logits': only a causal language model generates"
             )
-        self.cache = {
-            name.replace("present_", "past_key_values_", 1): tensor
-            for name, tensor in outputs.items()
-            if name.startswith("present_")
-        }
+        named = ((past_name(name), tensor) for name, tensor in outputs.items())
+        self.cache = {past: tensor for past, tensor in named if past is not None}
         return outputs["logits"][:, -1]
 
     def append(self, tokens: Tensor) -> None:

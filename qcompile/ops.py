@@ -8,7 +8,8 @@
 `spec` is `str(QuantSpec)`; shapes, dtypes and errors are those of `qcompile.numerics`. `choose_qparams` returns the
 stored parameters in the order of `QuantSpec.parameters`: the scale, the zero-point where the spec is asymmetric, and
 the outer parameters, which most specs have none of (NVFP4 has its global scale). Given `outer` it takes those for its
-own. Importing this module registers them as `torch.ops.qcompile`. They have no gradient.
+own. Importing this module registers them as `torch.ops.qcompile`, beside `qcompile::hadamard` (`hadamard/op.py`).
+They have no gradient.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+import qcompile.hadamard.op  # noqa: F401  registers qcompile::hadamard
 from qcompile import numerics
 from qcompile.errors import SpecError
 from qcompile.numerics import QuantSpec

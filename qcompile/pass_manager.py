@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
-from qcompile.ir.run import fill
 from qcompile.ir.text import target_name
 from qcompile.pass_base import CalibratedPass, Pass, Report
 
@@ -125,104 +123,6 @@ class OpCounts:
         report.note("operators: " + (", ".join(changes) or "unchanged"))
 
 
-@dataclass
-class Drift:
-    """Runs the program on fixed inputs after each pass and records how far the outputs moved from before it.
-
-    The measure is max |Δ| / max |before| over all floating-point outputs. Passes that promise to keep the function
-    and move it by more than `tolerance` raise. With `only_preserving`, no other passes are looked at; with
-    `at`, only the outputs after those passes (by index).
-    """
-
-    feeds: dict[str, Tensor]
-    tolerance: float | None = None
-    only_preserving: bool = False
-    at: frozenset[int] | None = None
-    last: dict[str, Tensor] = field(default_factory=dict)
-
-    def before(self, index: int, pass_: Pass, program: Program) -> None:
-        if pass_.preserves_function or not self.only_preserving:
-            self.last = self.last or program.run(_fitting(self.feeds, program))
-
-    def after(self, index: int, pass_: Pass, program: Program, report: Report) -> None:
-        if self.only_preserving and not pass_.preserves_function:
-            self.last = {}  # the function changed on purpose: the next pass is measured from here
-            return
-        if self.at is not None and index not in self.at:
-            return
-        now = program.run(_fitting(self.feeds, program))
-        report.drift = drift(now, self.last)
-        self.last = now
-        if self.tolerance is not None and pass_.preserves_function and not report.drift <= self.tolerance:
-            raise QCompileError(
-                f"pass {pass_} changed the function: outputs moved by {report.drift:.2e} of their maximum "
-                f"(tolerance {self.tolerance:.0e}); leave it out, or find the culprit with qcompile bisect"
-            )
-
-
-def _fitting(feeds: dict[str, Tensor], program: Program) -> dict[str, Tensor]:
-    """`feeds` for the inputs that the program has by now: a pass may have changed those of a cache."""
-    inputs = {node.name: node.meta["val"].dtype for node in program.inputs}
-    return fill(program, {name: feed for name, feed in feeds.items() if inputs.get(name) == feed.dtype})
-
-
 def op_counts(program: Program) -> Counter[str]:
     """How often each operator is called."""
     return Counter(target_name(node.target) for node in program.nodes)
-
-
-def drift(now: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    """max |now − before| / max |before|, the largest over floating-point outputs; inf where shapes differ or nan.
-
-    An output that is codes now (a cache, say) is not compared.
-    """
-    worst = 0.0
-    for name, old in before.items():
-        new = now.get(name)
-        if not old.is_floating_point() or old.numel() == 0 or (new is not None and not new.is_floating_point()):
-            continue
-        if new is None or new.shape != old.shape:
-            return float("inf")
-        moved = (new.double() - old.double()).abs().max() / old.double().abs().max().clamp(min=1e-300)
-        worst = max(worst, float(torch.nan_to_num(moved, nan=float("inf"))))
-    return worst
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """The first pass that moved the outputs by more than the tolerance."""
-
-    index: int
-    pass_: Pass
-    drift: float
-
-
-def bisect(
-    program: Program,
-    passes: Sequence[Pass],
-    feeds: dict[str, Tensor],
-    tolerance: float,
-    batches: Iterable[Tensor] | None = None,
-) -> Bisection | None:
-    """Find the first pass after which the outputs differ from the unchanged program's by more than `tolerance`.
-
-    Runs O(log n) prefixes of the pipeline on copies of `program`, assuming that a program once broken stays broken.
-    Returns None where the whole pipeline keeps within the tolerance.
-    """
-    reference = program.run(feeds)
-
-    def moved(count: int) -> float:
-        copy = program.clone()
-        PassManager(passes, batches=batches, stop_after=count).run(copy)
-        return drift(copy.run(_fitting(feeds, copy)), reference)
-
-    if (whole := moved(len(passes))) <= tolerance:
-        return None
-    good, bad, worst = 0, len(passes), whole
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if (now := moved(middle)) <= tolerance:
-            good = middle
-        else:
-            bad, worst = middle, now
-    return Bisection(bad - 1, passes[bad - 1], worst)

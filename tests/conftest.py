@@ -13,10 +13,11 @@ import torch
 from hypothesis import Phase, settings
 
 import qcompile.ops  # noqa: F401  registers quantize and dequantize before any text names them
+from qcompile.drift import drift
 from qcompile.ir.program import Program
 from qcompile.ir.types import dim_expr
 from qcompile.pass_base import Pass, Report
-from qcompile.pass_manager import PassManager, drift
+from qcompile.pass_manager import PassManager
 
 _PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # explaining a failure takes minutes
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=30, phases=_PHASES)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.drift import Bisection, Drift, bisect, drift
 from qcompile.errors import QCompileError, VerifyError
 from qcompile.ir.program import Program
 from qcompile.pass_base import CalibratedPass, Pass, Report
-from qcompile.pass_manager import Bisection, Drift, Dumps, OpCounts, PassManager, PrintChanged, bisect, drift
+from qcompile.pass_manager import Dumps, OpCounts, PassManager, PrintChanged
 
 aten = torch.ops.aten
 

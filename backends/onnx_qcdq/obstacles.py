@@ -22,6 +22,7 @@ from qcompile.backends.onnx_qcdq.recognise import (
     shape_of,
 )
 from qcompile.errors import LoweringError, SpecError
+from qcompile.hadamard import HADAMARD
 from qcompile.ir.program import Program
 from qcompile.numerics.element import IntElement
 from qcompile.numerics.granularity import PerBlock, PerGroup
@@ -64,7 +65,7 @@ def _dtypes(program: Program) -> Iterator[tuple[fx.Node, str]]:
 
 
 def _operator(node: fx.Node) -> Iterator[str]:
-    if not isinstance(node.target, OpOverload) or _name(node.target) in _translatable():
+    if not isinstance(node.target, OpOverload) or _name(node.target) in _translatable() or node.target is HADAMARD:
         return
     if node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
         return  # taken apart into operators that the conversion looks at

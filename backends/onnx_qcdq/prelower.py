@@ -1,6 +1,7 @@
 """From a program to one whose quantized parts are ONNX operators (`ops`), still a program that runs.
 
-First the products with quantized weights, then rows gathered from quantized tables, then whatever else quantizes.
+First the products with quantized weights, then rows gathered from quantized tables, then whatever else quantizes, then
+Hadamard transforms.
 Weights are not read: the ones that change layout are derived when they are written.
 """
 
@@ -13,10 +14,12 @@ from torch import fx
 
 from qcompile.backends.onnx_qcdq import gathers, ops
 from qcompile.backends.onnx_qcdq.activations import lower_dequantize, lower_quantize
+from qcompile.backends.onnx_qcdq.hadamard import lower_hadamard
 from qcompile.backends.onnx_qcdq.products import dequantize_linear, lower_product
 from qcompile.backends.onnx_qcdq.qparams import lower_choose_qparams, merge_equal
 from qcompile.backends.onnx_qcdq.recognise import CHOOSE, DEQUANTIZE, QUANTIZE, match_product, match_weight
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter, aten, base_key
+from qcompile.hadamard import HADAMARD
 from qcompile.ir.program import Program
 from qcompile.numerics.element import IntElement
 from qcompile.numerics.spec import QuantSpec
@@ -53,6 +56,8 @@ def prelower(program: Program, style: str = "fused") -> Prelowered:
         lower_dequantize(rewriter, node, _feeds_product(node), style == "qcdq")
     for node in rewriter.program.calls(CHOOSE):
         lower_choose_qparams(rewriter, node)
+    for node in rewriter.program.calls(HADAMARD):
+        lower_hadamard(rewriter, node)
     _lower_shifts(rewriter)
     rewriter.program.refresh()
     return Prelowered(

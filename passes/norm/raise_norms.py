@@ -4,6 +4,7 @@
     y = mul(γ, mul(x, r))                   ⟶      y = rms_norm(x, [d], γ, ε)
 
     c = sub(x, mean(x, -1))                        y = layer_norm(x, [d], γ, β, ε)        likewise
+    r = rsqrt(sum(pow(x, 2), -1) + ε)              y = mul(rms_norm(x, [d], None, ε/d), 1/√d)
 
 Exact in real arithmetic, and to rounding in a program of one dtype. Where the program casts on the way, the operator
 works in the widest of the dtypes of x, γ and the result (inside, PyTorch computes a half-precision norm in float32)
@@ -79,7 +80,11 @@ def _raise(program: Program, norm: SpelledNorm, constants: Constants, report: Re
     target = aten.layer_norm.default if norm.centred else aten.rms_norm.default
     args = (x, [norm.width], *(affine if norm.centred else affine[:1]), norm.eps)
     raised = program.call(target, args, before=result, name=name, module=module)
-    program.replace(result, _as(program, raised, out, result))
+    scaled = raised
+    if norm.scale != 1:
+        scaled = program.call(aten.mul.Tensor, (raised, norm.scale), before=result, module=module)
+        said += f", times {norm.scale:g}: an l2 norm"
+    program.replace(result, _as(program, scaled, out, result))
     report.rewrote(raised, said)
 
 

@@ -1,8 +1,10 @@
 """Recognise a normalisation that is spelled out in elementary operators.
 
     c = x                     or   x − mean(x)       (then it is a layer norm)
-    v = mean(c², -1) + ε      or   var(x, -1, correction=0) + ε
+    v = mean(c², -1) + ε      or   var(x, -1, correction=0) + ε      or   sum(c², -1) + ε (then it is an l2 norm)
     y = c · v^(-1/2) [· γ] [+ β, a layer norm's]
+
+An l2 norm over n channels is a root-mean-square norm with ε/n, divided by √n.
 
 Everything keeps the last axis; γ and β depend on weights alone; casts between floating-point types may stand anywhere.
 """
@@ -33,6 +35,7 @@ class SpelledNorm:
     bias: fx.Node | None
     product: fx.Node  # c · v^(-1/2)
     result: fx.Node
+    scale: float = 1.0  # what the operator's normalised value is to be multiplied by
 
 
 class _No(Exception):
@@ -64,6 +67,7 @@ class _Statistic:
     axes: Any
     operand: fx.Node  # what is squared, or whose variance it is
     variance: bool
+    total: bool  # a sum where a mean would be
     eps: float | None
     inner: tuple[fx.Node, ...]  # calls whose only reader must be the next one
 
@@ -83,22 +87,25 @@ def _statistic(program: Program, root: fx.Node) -> _Statistic | None:
     if found is None:
         return None
     reduction, operand, scaled = found
+    total = reduction is under and reduction.target is aten.sum.dim_IntList
+    if total and eps is None:
+        return None  # a length, and no norm
     inner += scaled
     axes = program.arg(reduction, "dim")
     if reduction.target is aten.var.correction:
-        return _Statistic(reduction, axes, strip_casts(operand)[0], True, eps, tuple(inner))
+        return _Statistic(reduction, axes, strip_casts(operand)[0], True, False, eps, tuple(inner))
     square, casts = strip_casts(operand)
     base = _squared(square)
     return (
         None
         if base is None
-        else _Statistic(reduction, axes, strip_casts(base)[0], False, eps, (*inner, *casts, square))
+        else _Statistic(reduction, axes, strip_casts(base)[0], False, total, eps, (*inner, *casts, square))
     )
 
 
 def _mean(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
-    """The reduction, its operand, and the calls from the mean back to it."""
-    if node.target is aten.mean.dim:
+    """The reduction, its operand, and the calls from the mean back to it. A sum that nothing divides counts too."""
+    if node.target in (aten.mean.dim, aten.sum.dim_IntList):
         return node, program.arg(node, "self"), [node]
     if node.target is aten.var.correction and program.arg(node, "correction") == 0:
         return node, program.arg(node, "self"), [node]
@@ -134,8 +141,12 @@ def _norm(program: Program, root: fx.Node, found: _Statistic, constants: Constan
             raise _No(f"{product.name} scales {operand.name}, the variance is that of {found.operand.name}")
     elif operand is not found.operand and (not centred or _uncentred(program, found.operand) != (x, True)):
         raise _No(f"{product.name} scales {operand.name}, the mean is over the squares of {found.operand.name}")
+    width = value.shape[-1]
+    if found.total:
+        end = _past_casts(product, x)
+        return SpelledNorm(centred, x, width, found.eps / width, None, None, product, end, width**-0.5)
     weight, bias, result = _affine(program, product, x, centred, constants)
-    return SpelledNorm(centred, x, value.shape[-1], found.eps, weight, bias, product, result)
+    return SpelledNorm(centred, x, width, found.eps, weight, bias, product, result)
 
 
 def _product(root: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -25,6 +25,7 @@ from qcompile.errors import RecipeError
 from qcompile.ir.contractions import short_name
 from qcompile.ir.moves import rank
 from qcompile.ir.program import Program
+from qcompile.ir.state import present_name
 from qcompile.ir.types import Dim, dim_expr
 from qcompile.numerics.granularity import PerBlock, PerGroup
 from qcompile.numerics.spec import QuantSpec
@@ -108,16 +109,12 @@ class _Plan:
         return codes_per_byte(self.spec.bits, int(self.new.meta["val"].shape[_FEATURES])) > 1
 
 
-def _returned(past: fx.Node) -> str:
-    return past.name.replace("past_key_values_", "present_", 1)
-
-
 def _plan(program: Program, past: fx.Node, part: str, spec: QuantSpec) -> _Plan | str:
     """How a tensor of the cache is stored, or why it is left alone."""
     fits = past.meta["val"].is_floating_point() and rank(past) == 4
     if not fits or not all(isinstance(_size(past, axis), int) for axis in (1, _FEATURES)):
         return f"it is {program.type_of(past)}, not float [batch, heads, tokens, features] of fixed heads and features"
-    name = _returned(past)
+    name = present_name(past.name)
     result = program.outputs.get(name)
     if not isinstance(result, fx.Node):
         return f"the program returns no {name}"
@@ -184,14 +181,14 @@ def _store(program: Program, plan: _Plan, report: Report) -> None:
         read[part] = joined = program.call(aten.cat.default, ([node, part], _TOKENS), before=whole, name=name)
         for trim in plan.trims:
             joined = program.call(trim.target, (joined, *trim.args[1:]), dict(trim.kwargs), after=trim)  # type: ignore[arg-type]
-        returned[_returned(node)] = joined
+        returned[present_name(node.name)] = joined
     if plan.packed:
         read[codes] = unpack(program, read[stored], spec.bits, signed, whole, plan.module)
     decoded.args, decoded.kwargs = fx.map_arg((decoded.args, decoded.kwargs), lambda node: read.get(node, node))
     whole.prepend(decoded)
     program.infer(decoded)
     program.replace(whole, decoded)
-    _return(program, _returned(past), returned)
+    _return(program, present_name(past.name), returned)
     code_bytes = _bytes_per_token(parts)
     report.rewrote(plan.where, f"{spec}: {code_bytes} bytes a token for {float_bytes}")
     report.measure(plan.where, {"bytes_per_token": code_bytes, "float_bytes_per_token": float_bytes})

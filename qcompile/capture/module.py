@@ -16,6 +16,7 @@ from qcompile.capture.files import one_line
 from qcompile.errors import CaptureError
 from qcompile.ir.exported import from_exported
 from qcompile.ir.program import Program
+from qcompile.ir.state import present_name
 
 Example = tuple[Any, ...] | Mapping[str, Any] | Tensor
 
@@ -62,7 +63,7 @@ def capture_exported(exported: ExportedProgram, source: str) -> Program:
     program = from_exported(exported)
     past = [node.name for node in program.inputs if node.name.startswith("past_key_values_")]
     if past and len(program.output_names) == 1 + len(past):  # a decoder that was captured here: torch keeps no names
-        program.output_names = ("logits", *(name.replace("past_key_values_", "present_") for name in past))
+        program.output_names = ("logits", *(present_name(name) for name in past))
     program.info = {"model_type": None, "architecture": source, "source": source, "tokenizer": None, "notes": []}
     return program
 

@@ -17,6 +17,7 @@ from qcompile.capture.checkpoint import NotLazy, bind, missing, resolve
 from qcompile.capture.config import describe, model_class, parse_dtype, read_config, resolve_dtype
 from qcompile.capture.decoder import Exported, experts_and_mode, export_decoder, export_headless
 from qcompile.capture.dtypes import widen
+from qcompile.capture.experts import without_loops
 from qcompile.capture.files import one_line, read_shards
 from qcompile.errors import CaptureError
 from qcompile.ir.exported import from_exported
@@ -101,6 +102,11 @@ def _load(cls: type[PreTrainedModel], directory: Path, dtype: torch.dtype) -> Pr
 
 def _export(model: PreTrainedModel, notes: list[str], mode: FakeTensorMode | None) -> Exported:
     """With the cache where the model generates and has one of keys and values, else without."""
+    with without_loops(model):
+        return _export_form(model, notes, mode)
+
+
+def _export_form(model: PreTrainedModel, notes: list[str], mode: FakeTensorMode | None) -> Exported:
     if model.can_generate():
         try:
             return export_decoder(model, mode)

@@ -1,4 +1,4 @@
-"""Writing a store to safetensors files and reading it back, one tensor in memory at a time."""
+"""Writing a store to safetensors files and reading it back, one tensor, or a piece of one, in memory at a time."""
 
 from __future__ import annotations
 
@@ -106,4 +106,5 @@ def _write(store: WeightStore, keys: list[str], path: Path) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
-            store[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            for piece in store.pieces(key):
+                piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)

@@ -9,11 +9,12 @@ import torch
 
 from qcompile.cli.show import console, print_json
 from qcompile.cli.subject import open_program
+from qcompile.drift import Drift, bisect
 from qcompile.driver import check_feeds
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.pass_base import CalibratedPass, Pass, Report, parse_pipeline
-from qcompile.pass_manager import Drift, Dumps, Instrument, OpCounts, PassManager, PrintChanged, bisect
+from qcompile.pass_manager import Dumps, Instrument, OpCounts, PassManager, PrintChanged
 from qcompile.report import CompileReport
 
 

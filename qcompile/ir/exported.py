@@ -165,14 +165,16 @@ class _Importer:
         self._create(node, target, args, kwargs)
 
     def _cast(self, node: fx.Node) -> None:
-        """All spellings of a cast become ``aten.to.dtype``; a cast to the dtype a tensor has is dropped."""
+        """All spellings of a cast become ``aten.to.dtype``; a cast to the dtype a tensor has is dropped. One that asks
+        for rows in memory keeps that wish, for a view may stand behind it."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         dtype = node.meta["val"].dtype
-        if source.meta["val"].dtype == dtype:
-            self.table[node] = self.table[source]
-        else:
+        self.table[node] = self.table[source]
+        if source.meta["val"].dtype != dtype:
             self._create(node, aten.to.dtype, (self.table[source], dtype), {})
+        if any(given is torch.contiguous_format for given in (*node.args, *node.kwargs.values())):
+            self._create(node, aten.contiguous.default, (self.table[node],), {})
 
     def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> None:
         if not node.users and not (isinstance(target, OpOverload) and target._schema.is_mutable):

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qcompile.errors import VerifyError
+from qcompile.ir.edits import WeightEdit
 from qcompile.ir.types import type_of
 from qcompile.ir.weights import TensorSource, WeightStore
 
@@ -137,6 +138,12 @@ class Program:
         self.weights[self.key(node)] = tensor
         node.meta["val"] = self.fake(tensor.shape, tensor.dtype)
 
+    def edit_weight(self, node: fx.Node, edit: WeightEdit) -> None:
+        """Record an edit of the weight behind a placeholder; every reader sees it. See `WeightStore.transform`."""
+        key = self.key(node)
+        self.weights.transform(key, edit)
+        node.meta["val"] = self.fake(*self.weights.meta(key))
+
     def add_weight(self, key: str, tensor: Tensor | TensorSource, module: str = "") -> fx.Node:
         """Add a weight under a new key and return its placeholder. Raises KeyError if the key is taken."""
         if key in self.weights:
@@ -145,6 +152,16 @@ class Program:
             self.weights[key] = tensor
         else:
             self.weights.bind(key, tensor)
+        return self._add_placeholder(key, module)
+
+    def copy_weight(self, node: fx.Node, key: str) -> fx.Node:
+        """Add a weight under a new key that holds what another holds now; from here on each goes its own way."""
+        if key in self.weights:
+            raise KeyError(f"weight {key!r} exists already")
+        self.weights.alias(key, self.key(node))
+        return self._add_placeholder(key, self.module_of(node))
+
+    def _add_placeholder(self, key: str, module: str) -> fx.Node:
         shape, dtype = self.weights.meta(key)
         anchor = self.weight_nodes[-1:]  # keep weights before inputs
         first = next(iter(self.graph.nodes))

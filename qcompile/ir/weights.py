@@ -1,14 +1,15 @@
 """`WeightStore`: named tensors that are read when touched and let go again.
 
 A weight is bound to a *source* (a tensor in memory, an entry of a safetensors shard) and carries a list of recorded
-edits, applied when it is read. What a pass writes is kept in memory up to a budget and spilled to a scratch file
-beyond it, so a compile never holds more than that budget plus the tensor at hand.
+edits, applied when it is read. Those of `edits.py` compose: a row of them is computed in float32 or better, and rounded
+once. What a pass writes is kept in memory up to a budget and spilled to a scratch file beyond it, so a compile never
+holds more than that budget plus the tensor at hand.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from qcompile.errors import QCompileError
+from qcompile.ir.edits import EDITABLE, Chain, WeightEdit, checked_shape, edited_pieces
 
 DEFAULT_BUDGET = 512 << 20  # bytes of written tensors kept in memory; more goes to the scratch folder
 _SPILL_FROM = 1 << 20  # smaller tensors always stay in memory: a file each would cost more than it frees
@@ -124,7 +128,10 @@ class WeightStore(MutableMapping[str, Tensor]):
         self._entries[key] = _Entry(source, source.shape, source.dtype)
 
     def edit(self, key: str, fn: Edit, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:
-        """Record `fn` to be applied whenever `key` is read; say the new shape or dtype where they change."""
+        """Record `fn` to be applied whenever `key` is read; say the new shape or dtype where they change.
+
+        It is given the whole weight in its dtype, rounded: what changes numbers is better a `transform`.
+        """
         entry = self._entries[key]
         self._entries[key] = replace(
             entry,
@@ -133,6 +140,30 @@ class WeightStore(MutableMapping[str, Tensor]):
             dtype=dtype or entry.dtype,
         )
         self._forget(key)
+
+    def transform(self, key: str, edit: WeightEdit) -> None:
+        """Record an edit. Edits in a row are computed in float32 (float64 where the weight is) and rounded once; what
+        is written with ``store[key] = …``, or recorded with `edit`, ends the row.
+
+        Raises QCompileError for a weight that holds integers or codes, ValueError for an axis that it lacks.
+        """
+        entry = self._entries[key]
+        if entry.dtype not in EDITABLE:
+            raise QCompileError(
+                f"weight {key!r} holds {entry.dtype}, which takes no edits; edit it before it is quantized"
+            )
+        shape = checked_shape(edit, entry.shape)
+        before, chain = _split(entry.edits)
+        self._entries[key] = replace(entry, edits=(*before, (chain or Chain(())).then(edit)), shape=shape)
+        self._forget(key)
+
+    def alias(self, key: str, other: str) -> None:
+        """Bind `key` to what `other` reads now, edits and all; later edits of one are not seen in the other."""
+        self._drop(key)
+        entry = self._entries[other]
+        if isinstance(entry.source, _Held):  # counted once, against the name that was written
+            entry = replace(entry, source=MemorySource(entry.source.tensor))
+        self._entries[key] = entry
 
     def meta(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype, without reading."""
@@ -153,9 +184,7 @@ class WeightStore(MutableMapping[str, Tensor]):
         if self._cache is not None and key in self._cache:
             return self._cache[key]
         entry = self._entries[key]
-        tensor = entry.source.read()
-        for edit in entry.edits:
-            tensor = edit(tensor)
+        tensor = _read(key, entry, entry.edits)
         if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
             raise RuntimeError(
                 f"weight {key!r} read as {tensor.dtype}{list(tensor.shape)}, declared {entry.dtype}{list(entry.shape)}"
@@ -163,6 +192,19 @@ class WeightStore(MutableMapping[str, Tensor]):
         if self._cache is not None:
             self._cache[key] = tensor
         return tensor
+
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """The weight in consecutive pieces along axis 0, in its dtype: for writing one that is too large to hold twice.
+
+        Edits that leave axis 0 alone are applied piece by piece; otherwise it is one piece.
+        """
+        entry = self._entries[key]
+        before, chain = _split(entry.edits)
+        if chain is None or (self._cache is not None and key in self._cache):
+            yield self[key]
+            return
+        with _named(key):
+            yield from edited_pieces(chain, _read(key, entry, before))
 
     def __setitem__(self, key: str, tensor: Tensor) -> None:
         self._drop(key)
@@ -210,6 +252,30 @@ class WeightStore(MutableMapping[str, Tensor]):
         entry = self._entries.pop(key, None)
         if entry is not None and isinstance(entry.source, _Held):
             self._held -= entry.source.tensor.numel() * entry.source.tensor.element_size()
+
+
+def _split(edits: tuple[Edit, ...]) -> tuple[tuple[Edit, ...], Chain | None]:
+    """The recorded edits before the row that composes at their end, and that row."""
+    last = edits[-1] if edits else None
+    return (edits[:-1], last) if isinstance(last, Chain) else (edits, None)
+
+
+def _read(key: str, entry: _Entry, edits: Iterable[Edit]) -> Tensor:
+    tensor = entry.source.read()
+    with _named(key):
+        for edit in edits:
+            tensor = edit(tensor)
+    return tensor
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors on the way say which weight they are about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in weight {key!r}")
+        raise
 
 
 class _Held(MemorySource):

@@ -79,7 +79,8 @@ class Recipe(BaseModel):
     - `rules`: the first one that matches a place (a contraction or an embedding) decides.
     - `passes`: run in this order, as ``name`` or ``name(option=value)``; see `pipeline` for what is added.
     - `calibration`: data for passes that look at what flows through the program.
-    - `target`: the backend to lower to. `verify`: compare after ``each`` pass, at the ``end`` only, or not (``off``).
+    - `target`: the backend to lower to. `verify`: compare after ``each`` pass, at the ``end`` only, or not (``off``);
+      ``auto`` is ``each`` unless the model is large.
 
     Raises RecipeError, in one line, for an unknown key (with the nearest one that exists) or a value of a wrong type.
     """
@@ -99,7 +100,7 @@ class Recipe(BaseModel):
     passes: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
     target: str | None = None
-    verify: Literal["each", "end", "off"] = "each"
+    verify: Literal["auto", "each", "end", "off"] = "auto"
 
     @model_validator(mode="wrap")
     @classmethod

@@ -49,7 +49,7 @@ def test_what_is_left_out_has_its_default() -> None:
     recipe = Recipe.parse("{}")
     assert recipe == Recipe()
     assert str(recipe) == "{}\n"
-    assert (recipe.weights, recipe.head, recipe.router, recipe.verify, recipe.passes) == (None, None, None, "each", ())
+    assert (recipe.weights, recipe.head, recipe.router, recipe.verify, recipe.passes) == (None, None, None, "auto", ())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ rules = st.builds(
         passes=st.lists(st.sampled_from(["rtn", "a(b=1, c=[2, 3])", "a(b='x y')"]), max_size=3).map(tuple),
         calibration=st.builds(Calibration, samples=st.integers(1, 9), data=st.sampled_from(["generated", "a b.txt"])),
         target=st.sampled_from([None, "onnx_qcdq"]),
-        verify=st.sampled_from(["each", "end", "off"]),
+        verify=st.sampled_from(["auto", "each", "end", "off"]),
     )
 )
 def test_any_recipe_prints_and_parses_back(recipe: Recipe) -> None:
@@ -149,7 +149,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"rules": [{"role": "heads", "weights": None}]}, "recipe field 'rules.0.role': input should be 'head', 'router'"),
     ({"calibration": {"sample": 1}}, "recipe field 'calibration.sample' is unknown (did you mean 'samples'?)"),
     ({"calibration": {"samples": 0}}, "recipe field 'calibration.samples': input should be greater than or equal to 1"),
-    ({"verify": "all"}, "recipe field 'verify': input should be 'each', 'end' or 'off' (given 'all')"),
+    ({"verify": "all"}, "recipe field 'verify': input should be 'auto', 'each', 'end' or 'off' (given 'all')"),
     ({"passes": 3}, "recipe field 'passes': input should be a valid tuple (given 3)"),
     ("int4-g12", "there is no preset 'int4-g12' (did you mean 'int4-g128'?); presets are int4-g128, int4-int8dynamic"),
     ("nowhere/x.yaml", "recipe 'nowhere/x.yaml' is no file; give a YAML file, or a preset: int4-g128"),

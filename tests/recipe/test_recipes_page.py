@@ -10,8 +10,9 @@ import torch
 
 from qcompile import zoo
 from qcompile.capture import capture
+from qcompile.drift import drift
 from qcompile.ir.program import Program
-from qcompile.pass_manager import PassManager, drift
+from qcompile.pass_manager import PassManager
 from qcompile.recipe import Recipe, pipeline, resolve
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")

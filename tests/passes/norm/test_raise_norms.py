@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompile.drift import drift
 from qcompile.ir.program import Program
-from qcompile.pass_manager import PassManager, drift, op_counts
+from qcompile.pass_manager import PassManager, op_counts
 from qcompile.passes.norm.raise_norms import RaiseNorms
 
 LLAMA = """\

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.drift import drift
 from qcompile.errors import RecipeError
 from qcompile.ir.program import Program
 from qcompile.pass_base import parse_pass
-from qcompile.pass_manager import PassManager, drift
+from qcompile.pass_manager import PassManager
 from qcompile.passes.norm.raise_norms import RaiseNorms
 from qcompile.passes.outliers.inject_outliers import InjectOutliers
 

@@ -1,0 +1,149 @@
+"""Fold a norm's gain and bias into whatever reads the norm.
+
+    y = rms_norm(x, γ)             ⟶      y = rms_norm(x)
+    z = linear(y, W, b)                   z = linear(y, W·diag(γ), b)
+
+    y = layer_norm(x, γ, β)               y = layer_norm(x)
+    z = linear(y, W, b)            ⟶      z = linear(y, W·diag(γ), b + W·β)
+
+Exact. Afterwards nothing scales the channels between the norm and its readers, and rotations may pass. A gain is
+folded where all that its channels meet are weights of products; a reader without a bias gets one where β asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.contractions import Contraction, find_contractions
+from qcompile.ir.program import Program
+from qcompile.pass_base import Pass, Report, register
+from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
+from qcompile.spaces.apply import Edits
+
+aten = torch.ops.aten
+_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+
+
+@register
+@dataclass(frozen=True)
+class FoldNormAffine(Pass):
+    """Fold γ and β of every norm into its readers, where its readers are products with weights."""
+
+    name: ClassVar[str] = "fold-norm-affine"
+
+    def run(self, program: Program) -> Report:
+        """Fold each norm; those that stay are reported with the operator that keeps them."""
+        report = Report()
+        spaces = channel_spaces(program)
+        edits = Edits(spaces, report)
+        products = {c.node: c for c in find_contractions(program)}
+        gains: dict[fx.Node, list[fx.Node]] = {}
+        for norm in program.calls(*_NORMS):
+            vectors = affine(program, norm)
+            if vectors:
+                gains.setdefault(vectors[0], []).append(norm)
+        for norms in gains.values():
+            reason = _fold(program, norms, spaces, edits, products)
+            for norm in norms:
+                if reason is None:
+                    report.rewrote(norm, "folded into what reads it")
+                else:
+                    report.skip(norm, reason)
+        edits.commit()
+        return report
+
+
+def affine(program: Program, norm: fx.Node) -> list[fx.Node]:
+    """A norm's gain and bias, where they are weights."""
+    names = ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",)
+    return [v for name in names if program.is_weight(v := program.arg(norm, name))]
+
+
+def _fold(
+    program: Program, norms: list[fx.Node], spaces: ChannelSpaces, edits: Edits, products: dict[fx.Node, Contraction]
+) -> str | None:
+    """Fold norms that share a gain; the reason why they are left alone otherwise."""
+    vectors = affine(program, norms[0])
+    space = spaces.space(vectors[0], "source", Level.DIAGONAL)
+    if space is None:
+        use = next((u for u in spaces.uses if u.node is vectors[0]), None)
+        limits = spaces.limits(Level.DIAGONAL, use.ids) if use is not None else []
+        return "; ".join(map(str, limits)) or "its channels do not all meet the same weights"
+    if any(affine(program, norm) != vectors for norm in norms):
+        return "it shares its gain with a norm that has another bias"
+    if (reason := _unfit(space, vectors, norms, spaces, products)) is not None:
+        return reason
+    gain = next((program.weight(v) for v in vectors if v is program.arg(norms[0], "weight")), None)
+    bias = next((program.weight(v) for v in vectors if v is not program.arg(norms[0], "weight")), None)
+    for sink in space.sinks:
+        if bias is not None:
+            _add_to_bias(program, products[sink.node], bias, sink.positions[0])
+        if gain is not None:
+            edits.multiply(sink, gain)
+    for norm in norms:
+        program.set_arg(norm, "weight", None)
+        if norm.target is aten.layer_norm.default:
+            program.set_arg(norm, "bias", None)
+    return None
+
+
+def _unfit(
+    space: Space,
+    vectors: list[fx.Node],
+    norms: list[fx.Node],
+    spaces: ChannelSpaces,
+    products: dict[fx.Node, Contraction],
+) -> str | None:
+    others = [p for p in space.placements if not (p.use.kind == "sink" or p.node in vectors)]
+    if others:
+        return f"its channels also meet {others[0].node.name}, which is no product that reads them"
+    if not space.sinks:
+        return "nothing that reads it is a product with a weight"
+    wires = space.sinks[0].use.ids
+    for sink in space.sinks:
+        wires = sink.use.ids[sink.positions.ravel()]
+        for limit in spaces.all_limits(Level.LINEAR, wires):
+            if limit.node not in norms:
+                return f"between it and {sink.node.name}, {limit}"
+    if len(vectors) > 1:
+        for sink in space.sinks:
+            contraction = products[sink.node]
+            if sink.positions.shape[0] > 1:
+                return f"{sink.node.name} reads its channels several times over: the bias cannot be folded"
+            if contraction.kernel or contraction.experts is not None:
+                return f"{contraction.op} {sink.node.name} takes no constant for its bias"
+    return None
+
+
+def _add_to_bias(program: Program, c: Contraction, shift: Tensor, positions: object) -> None:
+    """b ← b + W·β, computed in float64 and rounded once."""
+    import numpy as np
+
+    weight = program.weight(c.weight).double().movedim(c.axis_in, -1)
+    index = torch.from_numpy(np.asarray(positions))
+    extra = weight[..., index] @ shift.double()
+    dtype = c.weight.meta["val"].dtype
+    names = {a.name for a in c.node.target._schema.arguments}  # type: ignore[union-attr]
+    name = "bias" if "bias" in names else "self" if c.op == "addmm" else None
+    held = program.arg(c.node, name) if name is not None else None
+    if program.is_weight(held) and len(held.users) == 1:
+        old = program.weight(held)
+        program.set_weight(held, (old.double() + extra).to(old.dtype))
+        return
+    key = f"{program.key(c.weight)}.bias"
+    while key in program.weights:
+        key += "_"
+    bias = program.add_weight(key, extra.to(dtype), module=program.module_of(c.node))
+    if name == "bias" and held is None:
+        program.set_arg(c.node, name, bias)
+        return
+    users = list(c.node.users)
+    shape = [-1] + [1] * (len(c.node.meta["val"].shape) - 1 - c.output_axis)
+    wide = bias if len(shape) == 1 else program.call(aten.view.default, (bias, shape), after=c.node)
+    added = program.call(aten.add.Tensor, (c.node, wide), after=wide if wide is not bias else c.node)
+    for user in users:
+        user.replace_input_with(c.node, added)

@@ -1,0 +1,1 @@
+"""Permutations and other changes of the order of channels."""

@@ -1,0 +1,1 @@
+"""Rotations: orthogonal transformations, folded into weights or computed online."""

@@ -1,0 +1,106 @@
+"""Rotate channel spaces by orthogonal T, so that no channel stands out.
+
+    W_source ← T·W_source        W_sink ← W_sink·Tᵀ          the function stays, the numbers spread
+
+`stream`: every residual stream and every other space that a norm carries on (R1). `heads`: values to output
+projection, head by head (R2). Both are folded into weights and cost nothing when the model runs. `qk`: queries and keys
+behind the rotary embedding (R3), and `orphans`: whatever else a product reads, such as the down-projection's input
+(R4), get a `qcompile::hadamard` in front of them.
+
+Exact. A space that its operators forbid to rotate is reported with the operator: fold-norm-affine and center-norm come
+first. QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) have the four places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from qcompile.hadamard.construct import HadamardError
+from qcompile.hadamard.rotation import Hadamard, RandomOrthogonal, Rotation
+from qcompile.ir.program import Program
+from qcompile.pass_base import Pass, Report, register
+from qcompile.passes.rotate.online import rotate_inputs, rotate_scores
+from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
+from qcompile.spaces.apply import Edits
+
+
+@register
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Rotate every space that admits it.
+
+    Args:
+        stream, heads: fused rotations R1 and R2.
+        qk, orphans: online rotations R3 and R4.
+        mode: a Hadamard matrix with random signs, without, or a random orthogonal matrix. What is online is always a
+            Hadamard matrix without signs.
+        block: rotate runs of so many channels by themselves; null for whole spaces.
+        seed: of signs and random matrices.
+
+    Raises HadamardError where no Hadamard matrix of a width is known.
+    """
+
+    name: ClassVar[str] = "rotate"
+
+    stream: bool = True
+    heads: bool = True
+    qk: bool = False
+    orphans: bool = False
+    mode: Literal["hadamard", "signed-hadamard", "random"] = "signed-hadamard"
+    block: int | None = None
+    seed: int = 0
+
+    def run(self, program: Program) -> Report:
+        """Rotate; the report has every space, rotated or left alone because of which operator."""
+        report = Report()
+        spaces = channel_spaces(program)
+        edits = Edits(spaces, report)
+        counts = {"R1": 0, "R2": 0, "R3": 0, "R4": 0}
+        heads: dict[int, Rotation] = {}
+        for space in spaces[Level.ORTHOGONAL]:
+            which = "R1" if space.is_stream else "R2"
+            if space.width == 1 or not space.sinks or not (self.stream if which == "R1" else self.heads):
+                continue
+            try:
+                rotation = self._rotation(space.width, self.seed + counts["R1"]) if which == "R1" else None
+                rotation = rotation or heads.setdefault(space.width, self._rotation(space.width, self.seed))
+            except HadamardError as error:
+                report.skip(space.name, str(error))
+                continue
+            edits.rotate(space, rotation)
+            counts[which] += 1
+            report.rewrote(space.name, f"{which}: {rotation}, {len(space.sources)} sources, {len(space.sinks)} sinks")
+        self._left_alone(spaces, report)
+        edits.commit()
+        if self.qk:
+            counts["R3"] = rotate_scores(program, self.block, report)
+        if self.orphans:
+            fixed = {p.node for s in spaces[Level.ORTHOGONAL] if s.width > 1 for p in s.sinks}
+            counts["R4"] = rotate_inputs(program, self.block, report, lambda node: node not in fixed)
+        report.measure("rotations", {k: float(v) for k, v in counts.items()})
+        return report
+
+    def _rotation(self, width: int, seed: int) -> Rotation:
+        if self.mode == "random":
+            return RandomOrthogonal(width, seed)
+        return Hadamard.of(width, self.block, seed if self.mode == "signed-hadamard" else None)
+
+    def _left_alone(self, spaces: ChannelSpaces, report: Report) -> None:
+        """What norms read and what attention gives, where it could not be rotated."""
+        taken = {id(p.use) for s in spaces[Level.ORTHOGONAL] if s.width > 1 for p in s.placements}
+        said: set[str] = set()
+        for use in spaces.uses:
+            if use.kind != ("norm" if self.stream else "none") or id(use) in taken:
+                continue
+            reasons = "; ".join(str(limit) for limit in spaces.all_limits(Level.ORTHOGONAL, use.ids)[:3])
+            if reasons and reasons not in said:
+                said.add(reasons)
+                report.skip(use.node, reasons)
+
+
+def sink_nodes(space: Space) -> list[fx.Node]:
+    """The products that read a space."""
+    return [p.node for p in space.sinks]

@@ -1,0 +1,1 @@
+"""Diagonal transformations: smoothing, equalization, activation-aware scales."""

@@ -1,0 +1,221 @@
+"""Apply transformations of spaces to the weights that they meet.
+
+    source: W ← T·W along its axis        sink: W ← W·T⁻¹
+
+Effects are gathered first and written by `Edits.commit`, one edit an axis of a weight. A weight that is read twice, such
+as an embedding that is the head too, is edited once where both readers want the same, and parted where they do not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from qcompile.hadamard.rotation import Rotation
+from qcompile.ir.edits import WeightEdit
+from qcompile.ir.program import Program
+from qcompile.pass_base import Report
+from qcompile.spaces.analysis import ChannelSpaces
+from qcompile.spaces.space import Placement, Space
+from qcompile.spaces.walk import Use
+from qcompile.spaces.wires import Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What happens to some positions ``[copies, width]`` of one axis of a weight."""
+
+    kind: Literal["rotate", "scale", "permute", "centre"]
+    positions: Ids
+    rotation: Rotation | None = None
+    values: NDArray[np.float64] | Ids | None = None  # factors [copies, width], or the order [width]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for effects that do the same."""
+        values = b"" if self.values is None else self.values.tobytes()
+        return self.kind, self.positions.tobytes(), id(self.rotation), values
+
+    def apply(self, tensor: Tensor, axis: int) -> Tensor:
+        """The effect along one axis of a weight, of which these are some positions."""
+        if self.kind == "scale":
+            return tensor * self._factors(tensor, axis)
+        count = self.positions.size
+        if count == tensor.shape[axis] and len(self.positions) == 1 and np.array_equal(self.positions[0], np.arange(count)):
+            return self._part(tensor, axis)
+        index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
+        copies, width = self.positions.shape
+        part = tensor.index_select(axis, index).unflatten(axis, (copies, width))
+        part = self._part(part, axis % tensor.ndim + 1).flatten(axis % tensor.ndim, axis % tensor.ndim + 1)
+        return tensor.index_copy(axis, index, part)
+
+    def _part(self, part: Tensor, axis: int) -> Tensor:
+        if self.kind == "rotate":
+            assert self.rotation is not None
+            return self.rotation.apply(part, axis)
+        if self.kind == "centre":
+            return part - part.mean(axis, keepdim=True, dtype=torch.float64).to(part.dtype)
+        return part.index_select(axis, torch.from_numpy(np.ascontiguousarray(self.values)).to(part.device))
+
+    def _factors(self, tensor: Tensor, axis: int) -> Tensor:
+        """A factor for every position of the axis, shaped to multiply the weight."""
+        factors = np.ones(tensor.shape[axis])
+        factors[self.positions] = self.values
+        shape = [1] * tensor.ndim
+        shape[axis] = -1
+        return torch.from_numpy(factors).to(tensor).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Effects(WeightEdit):
+    """Effects along one axis of a weight, one after the other."""
+
+    axis: int
+    effects: tuple[Effect, ...]
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The weight after the effects."""
+        for effect in self.effects:
+            tensor = effect.apply(tensor, self.axis)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Viewed(WeightEdit):
+    """An edit of a weight that is seen in another shape: a table of positions as one long vector."""
+
+    inner: Effects
+    view: tuple[int, ...]
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The weight after the edit."""
+        return self.inner.apply(tensor.reshape(self.view)).reshape(tensor.shape)
+
+
+@dataclass
+class Edits:
+    """Effects on the weights of one program, as one analysis saw it."""
+
+    spaces: ChannelSpaces
+    report: Report
+    pending: dict[Use, list[Effect]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def program(self) -> Program:
+        """The program whose weights change."""
+        return self.spaces.program
+
+    def rotate(self, space: Space, rotation: Rotation) -> None:
+        """T orthogonal, so T⁻ᵀ = T: the rows of sources and the columns of sinks move alike."""
+        for p in self._weights(space):
+            self.pending[p.use].append(Effect("rotate", p.positions, rotation=rotation))
+
+    def scale(self, space: Space, factors: Tensor) -> None:
+        """Channel j of the space times factors[j] (positive, float64)."""
+        values = factors.double().numpy()
+        for p in self._weights(space):
+            inverse = np.zeros(p.positions.shape, bool) if p.inverse is None else p.inverse
+            down = inverse ^ (p.use.kind == "sink")
+            self.pending[p.use].append(Effect("scale", p.positions, values=np.where(down, 1 / values, values)))
+
+    def permute(self, space: Space, order: Tensor) -> None:
+        """Channel j of the space becomes what channel order[j] was."""
+        for p in self._weights(space):
+            self.pending[p.use].append(Effect("permute", p.positions, values=order.numpy()))
+
+    def centre(self, placement: Placement) -> None:
+        """Take the mean over the space's channels off a source."""
+        self.pending[placement.use].append(Effect("centre", placement.positions))
+
+    def multiply(self, placement: Placement, factors: Tensor) -> None:
+        """Multiply one weight's channels only: the caller sees to the rest. `factors` has a number a channel."""
+        wide = np.broadcast_to(factors.double().numpy(), placement.positions.shape)
+        self.pending[placement.use].append(Effect("scale", placement.positions, values=wide))
+
+    def _weights(self, space: Space) -> list[Placement]:
+        return [p for p in space.placements if p.use.weight is not None]
+
+    def commit(self) -> None:
+        """Write every effect; weights whose readers want different things are parted first."""
+        readers: dict[fx.Node, dict[fx.Node, list[Use]]] = defaultdict(lambda: defaultdict(list))
+        touched = {use.weight for use in self.pending}
+        for use in self.spaces.uses:
+            if use.weight in touched and use.weight is not None:
+                readers[use.weight][use.node].append(use)
+        for weight, nodes in readers.items():
+            wishes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+            for node, uses in nodes.items():
+                wishes[self._wish(uses)].append(node)
+            for index, same in enumerate(wishes.values()):
+                own = weight if index == 0 else part_weight(self.program, weight, same, self.report)
+                self._write(own, nodes[same[0]])
+        self.pending.clear()
+
+    def _wish(self, uses: list[Use]) -> tuple[object, ...]:
+        wanted = {(u.axis, e.key) for u in uses for e in self.pending.get(u, [])}
+        return tuple(sorted(wanted, key=repr))
+
+    def _write(self, weight: fx.Node, uses: list[Use]) -> None:
+        done: set[tuple[object, ...]] = set()
+        for use in uses:
+            effects = [e for e in merged(self.pending.get(use, [])) if (use.axis, *e.key) not in done]
+            done |= {(use.axis, *e.key) for e in effects}
+            if effects:
+                edit = Effects(use.axis, tuple(effects))
+                plain = use.view is None or use.view == tuple(weight.meta["val"].shape)
+                self.program.edit_weight(weight, edit if plain else Viewed(None, edit, use.view or ()))
+
+
+def merged(effects: list[Effect]) -> list[Effect]:
+    """Effects of one kind on different positions of an axis, as few as possible."""
+    groups: dict[tuple[object, ...], list[Effect]] = defaultdict(list)
+    for effect in effects:
+        fixed = effect.values.tobytes() if effect.kind == "permute" and effect.values is not None else b""
+        groups[effect.kind, id(effect.rotation), effect.positions.shape[1], fixed].append(effect)
+    result = []
+    for same in groups.values():
+        first = same[0]
+        values = first.values
+        if first.kind == "scale":
+            values = np.concatenate([np.asarray(e.values) for e in same])
+        result.append(Effect(first.kind, np.concatenate([e.positions for e in same]), first.rotation, values))
+    return result
+
+
+def part_weight(program: Program, weight: fx.Node, readers: list[fx.Node], report: Report) -> fx.Node:
+    """Give `readers` a copy of a weight that others go on reading; says in the report what it costs."""
+    key = program.key(weight)
+    name, number = f"{key}.untied", 2
+    while name in program.weights:
+        name, number = f"{key}.untied{number}", number + 1
+    copy = program.copy_weight(weight, name)
+    moved: dict[fx.Node, fx.Node] = {weight: copy}
+    for reader in readers:
+        _reread(program, reader, moved)
+    size = program.weights.nbytes(name) / 1e6
+    report.note(f"{key!r} is untied for {', '.join(n.name for n in readers)}: {size:.1f} MB more")
+    return copy
+
+
+def _reread(program: Program, node: fx.Node, moved: dict[fx.Node, fx.Node]) -> None:
+    """Let a reader, and the moves between, read the copy."""
+    for argument in list(node.all_input_nodes):
+        if argument in moved:
+            continue
+        if any(source in moved for source in argument.all_input_nodes) and argument.op == "call_function":
+            copy = program.call(
+                argument.target,  # type: ignore[arg-type]
+                fx.map_arg(argument.args, lambda n: moved.get(n, n)),
+                fx.map_arg(argument.kwargs, lambda n: moved.get(n, n)),
+                before=node,
+                module=program.module_of(argument),
+            )
+            moved[argument] = copy
+    node.args = fx.map_arg(node.args, lambda n: moved.get(n, n))
+    node.kwargs = fx.map_arg(node.kwargs, lambda n: moved.get(n, n))

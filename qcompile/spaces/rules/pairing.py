@@ -1,0 +1,148 @@
+"""A product of two activations, axis by axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from qcompile.ir.types import Dim
+from qcompile.spaces.layout import Axis, Layout, plain
+from qcompile.spaces.walk import Kind, Use, Walk, sizes
+from qcompile.spaces.wires import MIXING, VECTOR, Ids, Level
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor and a label for each of its axes; equal labels are one axis."""
+
+    layout: Layout
+    labels: list[str]
+
+
+def multiplied(walk: Walk, node: fx.Node, left: Operand, right: Operand, out: list[str]) -> Layout | list[Layout]:
+    """The layout of the sum over all labels that `out` lacks."""
+    spread = _spread(left, right, out)
+    if spread is None:
+        return walk.barrier(node, "multiplies tensors whose merged axes do not line up")
+    (a, b), names, places = spread
+    if not left.layout.has_wires and not right.layout.has_wires:
+        return plain(sizes(node))
+    summed = [i for i, name in enumerate(names) if name.split(".")[0] not in out]
+    inside = [any(x.ids.shape[i] > 1 for i in summed) for x in (a, b)]
+    if all(inside):
+        return _paired(walk, node, a.ids, b.ids, summed)
+    carried = [x.has_wires for x in (a, b)]
+    if any(inside) or all(carried):
+        return walk.barrier(node, "multiplies channels with what no weight makes" if any(inside) else "multiplies channels")
+    through, other = (a, b) if carried[0] else (b, a)
+    return _through(walk, node, through, other, summed, places)
+
+
+def _spread(left: Operand, right: Operand, out: list[str]) -> tuple[tuple[Layout, Layout], list[str], list[list[int]]] | None:
+    """Both operands over one list of atoms, the label of each atom, and the atoms of each axis of the result."""
+    order = list(dict.fromkeys([*out, *left.labels, *right.labels]))
+    atoms: dict[str, int] = {}
+    operands = [left.layout, right.layout]
+    for label in order:
+        counts = []
+        for k, labels in enumerate((left.labels, right.labels)):
+            if label in labels:
+                axis = labels.index(label)
+                counts.append((k, axis, len(operands[k].axes[axis]), operands[k].has_wires_along(axis)))
+        wired = {c for _, _, c, w in counts if w}
+        if len(wired) > 1 or (len(wired) == 0 and len({c for _, _, c, _ in counts}) > 1):
+            for k, axis, _, _ in counts:
+                single = operands[k].flat(axis)
+                if single is None:
+                    return None
+                operands[k] = single
+            atoms[label] = 1
+        else:
+            atoms[label] = next(iter(wired)) if wired else counts[0][2]
+    names = [f"{label}.{i}" for label in order for i in range(atoms[label])]
+    layouts = []
+    for layout, labels in zip(operands, (left.labels, right.labels), strict=True):
+        layouts.append(_over(layout, labels, order, atoms))
+    starts = np.cumsum([0, *(atoms[label] for label in order)])
+    places = [list(range(starts[order.index(label)], starts[order.index(label) + 1])) for label in out]
+    return (layouts[0], layouts[1]), names, places
+
+
+def _over(layout: Layout, labels: list[str], order: list[str], atoms: dict[str, int]) -> Layout:
+    """The same tensor with an axis for every label, of as many atoms as wanted."""
+    held = layout.permuted([labels.index(label) for label in order if label in labels])
+    shape: list[int] = []
+    varies: list[bool] = []
+    atom_sizes: list[Dim] = []
+    axis = 0
+    for label in order:
+        if label not in labels:
+            atom_sizes += [1] * atoms[label]
+            shape += [1] * atoms[label]
+            varies += [False] * atoms[label]
+            continue
+        places = held.atoms(axis)
+        if len(places) == atoms[label]:
+            atom_sizes += held.axes[axis]
+            shape += [held.ids.shape[i] for i in places]
+            varies += [held.varies[i] for i in places]
+        else:  # no wires along it
+            atom_sizes += [1] * atoms[label]
+            shape += [1] * atoms[label]
+            varies += [held.varies_along(axis)] * atoms[label]
+        axis += 1
+    return Layout(tuple((size,) for size in atom_sizes), held.ids.reshape(shape), tuple(varies))
+
+
+def _paired(walk: Walk, node: fx.Node, a: Ids, b: Ids, summed: list[int]) -> Layout | list[Layout]:
+    """Summed over channels of both: T on one is undone by T⁻ᵀ on the other."""
+    a, b = np.broadcast_arrays(a, b)
+    apart = [size if i not in summed else 1 for i, size in enumerate(a.shape)]
+    rows = np.broadcast_to(np.arange(int(np.prod(apart))).reshape(apart), a.shape)
+    event = walk.wires.event(node, "pairs two activations, channel by channel")
+    walk.wires.join(a, b, (Level.PERMUTATION, Level.ORTHOGONAL))
+    walk.wires.invert(a, b, event)
+    walk.wires.limit((Level.LINEAR,), a, event)
+    walk.wires.limit((Level.LINEAR,), b, event)
+    odd = walk.wires.event(node, "pairs channels with what no weight makes")
+    walk.wires.limit(MIXING + (Level.DIAGONAL,), np.where(b < 0, a, -1), odd)
+    walk.wires.limit(MIXING + (Level.DIAGONAL,), np.where(a < 0, b, -1), odd)
+    both = (Level.PERMUTATION, Level.ORTHOGONAL)
+    walk.wires.together(both, a, event, rows)
+    walk.wires.together(both, b, odd, rows)
+    sides: tuple[tuple[Kind, Ids], ...] = (("query", a), ("key", b))
+    for kind, ids in sides:
+        walk.uses.append(Use(kind, node, np.moveaxis(ids, summed, range(-len(summed), 0)).ravel()))
+    return plain(sizes(node))
+
+
+def _through(
+    walk: Walk, node: fx.Node, through: Layout, other: Layout, summed: list[int], places: list[list[int]]
+) -> Layout:
+    """One operand's channels go on; the other decides what is mixed over tokens, for each of its parts on its own."""
+    inner = tuple(v and size > 1 for v, size in zip(other.varies, through.ids.shape, strict=True))
+    shape = [size if flag else 1 for size, flag in zip(through.ids.shape, inner, strict=True)]
+    rows = np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), through.ids.shape)
+    old = through.ids
+    if any(inner):
+        walk.rows(through, node, "each part is mixed over tokens by weights of its own", rows)
+    else:
+        walk.wires.together(VECTOR, old, walk.wires.event(node, "mixed over tokens"))
+    vectors = np.where(old >= 0, walk.wires.instance[old] * (rows.max() + 1) + rows, -1)
+    new = np.where(old >= 0, walk.wires.fresh(vectors), -1)
+    walk.wires.join(old, new)
+    ids = new
+    for place in sorted(summed, reverse=True):
+        ids = ids.squeeze(place)
+    axes: list[Axis] = []
+    varies: list[bool] = []
+    for size, atoms in zip(sizes(node), places, strict=True):
+        axes.append((size,) if len(atoms) == 1 else tuple(_wider(through.axes[i][0], other.axes[i][0]) for i in atoms))
+        varies += [through.varies[i] or other.varies[i] for i in atoms]
+    return Layout(tuple(axes), ids, tuple(varies))
+
+
+def _wider(a: Dim, b: Dim) -> Dim:
+    return b if isinstance(a, int) and a == 1 else a

@@ -1,0 +1,182 @@
+"""Products: an activation with a weight, where spaces end and start, and two activations with each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+
+from qcompile.ir.contractions import Contraction, rank
+from qcompile.spaces.layout import Layout, along, plain
+from qcompile.spaces.registry import rule
+from qcompile.spaces.rules.indexing import wires_along
+from qcompile.spaces.rules.pairing import Operand, multiplied
+from qcompile.spaces.rules.pointwise import summed
+from qcompile.spaces.walk import Use, Walk, sizes
+from qcompile.spaces.wires import VECTOR, Ids, Level
+
+aten = torch.ops.aten
+
+_QUANTIZED = {
+    torch.ops.qcompile.quantize.default,
+    torch.ops.qcompile.dequantize.default,
+    torch.ops.qcompile.choose_qparams.default,
+}
+_BIASES = {"bias", "self"}
+
+
+def _optional(*names: str) -> list[object]:
+    """Operators that may not be registered: transformers registers its own when it is imported."""
+    found = []
+    for name in names:
+        space, op, overload = name.split(".")
+        packet = getattr(getattr(torch.ops, space), op, None)
+        if packet is not None:
+            found.append(getattr(packet, overload))
+    return found
+
+
+PRODUCTS = (
+    *(aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default, aten.bmm.default),
+    *(aten.baddbmm.default, aten._grouped_mm.default, aten.einsum.default),
+)
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
+
+
+@rule(
+    *PRODUCTS,
+    says="x · W: x's space ends in a sink (W ← W·T⁻¹) and a new one starts at a source (W ← T·W, b ← T·b), any T; a stack"
+    " of experts shares one T. x · y of activations, summed over tokens: y's channels pass; summed over channels: x and y are"
+    " paired, T and T⁻ᵀ",
+)
+@rule(*CONVOLUTIONS, says="a linear on its channel axis; channel by channel (depthwise): diagonals and permutations pass")
+def contract(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
+    found = walk.contractions.get(node)
+    if found is not None:
+        return _contraction(walk, node, found)
+    if node in walk.obstacles:
+        return walk.barrier(node, walk.obstacles[node])
+    if node.target in CONVOLUTIONS:
+        return walk.barrier(node, "convolves two activations")
+    return _activations(walk, node)
+
+
+def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Layout]:
+    if any(step.target in _QUANTIZED for step in c.path):
+        return walk.barrier(node, "its weight is quantized already")
+    layout = walk.of(c.input)
+    rows = wires_along(layout, c.input_axis)
+    if rows is None:
+        return walk.barrier(node, "sums over channels and tokens at once")
+    depthwise = c.groups > 1 and c.weight.meta["val"].shape[c.axis_in] == 1 and rows.shape[1] == c.groups
+    if c.groups > 1 and not depthwise:
+        walk.stop(layout, node, f"convolves {c.groups} groups of channels, each with its own weight")
+    elif layout.has_wires and rows.shape[1] > 0:
+        _sink(walk, node, c, rows, depthwise)
+    result = source(walk, node, c.weight, c.axis_out, c.output_axis)
+    if depthwise and layout.has_wires:
+        _channelwise(walk, node, rows[0], result)
+    for name in _BIASES & {a.name for a in node.target._schema.arguments}:  # type: ignore[union-attr]
+        bias = walk.program.arg(node, name)
+        if isinstance(bias, fx.Node) and bias is not c.input:
+            added = summed(walk, node, result, _at(walk.of(bias), c.output_axis, result), prefer_b=False)
+            if not isinstance(added, Layout):
+                return added
+            result = added
+    return result
+
+
+def _at(bias: Layout, axis: int, result: Layout) -> Layout:
+    """A bias of one axis stands along the output features, which need not be the last axis."""
+    if bias.rank != 1 or axis == result.rank - 1:
+        return bias
+    for _ in range(result.rank - 1 - axis):
+        bias = bias.inserted(bias.rank)
+    return bias
+
+
+def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool) -> None:
+    """Every row of wires meets the same weight, so all rows move alike."""
+    if (rows < 0).any() and (rows >= 0).any():
+        event = walk.wires.event(node, "reads channels beside values that no weight makes")
+        some = (rows >= 0).any(0)
+        walk.wires.limit((Level.PERMUTATION, Level.DIAGONAL, *VECTOR), np.where(rows.min(0) < 0, rows, -1)[:, some], event)
+    if len(rows) > 1:
+        walk.wires.join(rows[:1], rows[1:])
+        walk.wires.together(VECTOR, rows, walk.wires.event(node, "rows of one weight"), np.arange(len(rows))[:, None])
+    if depthwise:
+        walk.uses.append(Use("sink", node, rows[0], c.weight, c.axis_out, levels=(Level.DIAGONAL,)))
+        walk.share(c.weight, "sink", c.axis_out, rows[0])
+        return
+    walk.share(c.weight, "sink", c.axis_in, rows[0])
+    walk.use(Use("sink", node, rows[0], c.weight, c.axis_in))
+
+
+def _channelwise(walk: Walk, node: fx.Node, row: Ids, result: Layout) -> None:
+    out = result.ids.ravel()
+    walk.wires.join(row, out, (Level.PERMUTATION,))
+    event = walk.wires.event(node, "convolves each channel with a weight of its own")
+    walk.wires.limit(VECTOR, row, event)
+    walk.wires.limit(VECTOR, out, event)
+
+
+def source(walk: Walk, node: fx.Node, weight: fx.Node, axis: int, output_axis: int) -> Layout:
+    """The layout of a result that starts at one axis of a weight."""
+    count = int(weight.meta["val"].shape[axis])
+    ids = walk.wires.fresh(np.zeros(count, np.int64))
+    walk.use(Use("source", node, ids, weight, axis))
+    walk.share(weight, "source", axis, ids)
+    shape = sizes(node)
+    if shape[output_axis] != count:
+        walk.stop(along([count], 0, ids), node, "its output features are no axis of the result")
+        return plain(shape)
+    return along(shape, output_axis, ids)
+
+
+def _activations(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
+    operands = _operands(walk, node)
+    if isinstance(operands, str):
+        return walk.barrier(node, operands)
+    left, right, out, added = operands
+    result = multiplied(walk, node, left, right, out)
+    if added is not None and isinstance(result, Layout):
+        return summed(walk, node, result, walk.of(added))
+    return result
+
+
+def _operands(walk: Walk, node: fx.Node) -> tuple[Operand, Operand, list[str], fx.Node | None] | str:
+    """Both operands with a label for each axis, the labels of the result, and what is added to it."""
+    if node.target is aten.einsum.default:
+        return _einsum(walk, node)
+    tensors = [n for n in node.args if isinstance(n, fx.Node)]
+    added = tensors[0] if node.target in (aten.addmm.default, aten.baddbmm.default) else None
+    left, right = tensors[1:3] if added is not None else tensors[:2]
+    if node.target is aten._grouped_mm.default:
+        return "multiplies tokens by a stack of activations"
+    ranks = rank(left), rank(right)
+    if min(ranks) < 1:
+        return "multiplies a number"
+    batch = [f"b{i}" for i in reversed(range(max(*ranks, 2) - 2))]
+    a = ["k"] if ranks[0] == 1 else [*batch[len(batch) - (ranks[0] - 2) :], "m", "k"]
+    b = ["k"] if ranks[1] == 1 else [*batch[len(batch) - (ranks[1] - 2) :], "k", "n"]
+    if node.target is aten.linear.default:
+        b = ["n", "k"]
+    out = [*batch, *(["m"] if ranks[0] > 1 else []), *(["n"] if ranks[1] > 1 else [])]
+    return Operand(walk.of(left), a), Operand(walk.of(right), b), out, added
+
+
+def _einsum(walk: Walk, node: fx.Node) -> tuple[Operand, Operand, list[str], fx.Node | None] | str:
+    from qcompile.ir.products import labels_of
+
+    tensors = list(walk.program.arg(node, "tensors"))
+    if len(tensors) != 2:
+        return "multiplies more than two tensors"
+    labels = labels_of(str(walk.program.arg(node, "equation")).replace(" ", ""), [rank(t) for t in tensors])
+    if isinstance(labels, str):
+        return labels
+    a, b, out = labels
+    return Operand(walk.of(tensors[0]), a), Operand(walk.of(tensors[1]), b), out, None
