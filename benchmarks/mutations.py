@@ -33,11 +33,22 @@ RANDOM = "tests/spaces/test_random_programs.py"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests said of one fault. `by`: the test that failed; empty where all passed."""
+    """What the tests said of one fault. `by`: the test that failed; empty where all passed. `late`: no end in time."""
 
     fault: Fault
     by: str
+    late: bool
     seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """Slow tests prove nothing: what did not end is not caught."""
+        return bool(self.by) and not self.late
+
+    @property
+    def word(self) -> str:
+        """The verdict as the table has it."""
+        return "caught" if self.caught else "**no end**" if self.late else "**survived**"
 
 
 def problems(faults: tuple[Fault, ...], root: Path) -> list[str]:
@@ -93,18 +104,15 @@ def make_copy(folder: Path) -> Path:
 
 
 def run_tests(copy: Path, tests: list[str], limit: float) -> tuple[str, str]:
-    """The first test that fails ("" where all pass), and what pytest printed at its end."""
+    """The first test that fails ("" where all pass), and what pytest printed at its end. Raises TimeoutExpired."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *tests]
-    try:
-        done = subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"ran longer than {limit:.0f} s", ""
+    done = subprocess.run(command, cwd=copy, env=_environment(copy), capture_output=True, text=True, timeout=limit)
     tail = "\n".join(done.stdout.splitlines()[-6:])
     if done.returncode == 0:
         return "", tail
     if done.returncode not in (1, 2, 3):  # of usage, or no tests at all
         raise SystemExit(f"pytest stopped with {done.returncode}: {tail}\n{done.stderr[-500:]}")
-    named = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return named.group(1) if named else f"pytest ended with {done.returncode}", tail
 
 
@@ -112,15 +120,18 @@ def judge(fault: Fault, copies: SimpleQueue[Path], limit: float) -> Verdict:
     """Seed one fault into a free copy, run the tests, and take it out again."""
     copy, start = copies.get(), time.perf_counter()
     path = (copy / fault.file).resolve()
-    original = path.read_text()
+    original, late = path.read_text(), False
     try:
         _write(path, original.replace(fault.old, fault.new))
         by, _ = run_tests(copy, tests_for(fault.file, copy), limit)
+    except subprocess.TimeoutExpired:
+        by, late = f"the tests ran longer than {limit:.0f} s", True
     finally:
         _write(path, original)
         copies.put(copy)
-    print(f"{'caught' if by else 'SURVIVED':8} {fault.file}: {fault.what} ({by})", file=sys.stderr, flush=True)
-    return Verdict(fault, by, time.perf_counter() - start)
+    verdict = Verdict(fault, by, late, time.perf_counter() - start)
+    print(f"{verdict.word:12} {fault.file}: {fault.what} ({by})", file=sys.stderr, flush=True)
+    return verdict
 
 
 def _write(path: Path, text: str) -> None:
@@ -162,13 +173,13 @@ def main() -> int:
         {
             "file": v.fault.file,
             "fault": v.fault.what,
-            "": "caught" if v.by else "**survived**",
-            "by": f"`{v.by}`" if v.by else "",
+            "": v.word,
+            "by": f"`{v.by}`".replace("|", "\\|") if v.by else "",
             "s": f"{v.seconds:.0f}",
         }
         for v in verdicts
     ]
-    survived = sum(not v.by for v in verdicts)
+    survived = sum(not v.caught for v in verdicts)
     publish("mutations", "Seeded faults", rows, f"{len(verdicts) - survived} of {len(verdicts)} faults are caught.")
     return 1 if survived > options.allow else 0
 

@@ -22,7 +22,7 @@ import torch
 from common import publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from spaces.random_programs import PIPELINES, Plan, build, check, simplest, usable_plan
+from spaces.random_programs import PIPELINES, Mismatch, Plan, build, check, simplest, usable_plan
 
 from qcompile.ir.program import Program
 from qcompile.ir.verify import VerifyError
@@ -112,6 +112,9 @@ def _guarded(seen: Seen, pipeline: str, plan: Plan, program: Program) -> None:
             _analyse(seen, program)
         else:
             _run(seen, pipeline, program)
+    except Mismatch as error:
+        tally.failures, tally.drift = tally.failures + 1, max(tally.drift, error.drift)
+        seen.failures.append(Failure(pipeline, plan, "Mismatch", _line(error)))
     except Exception as error:  # a crash in any pass is a finding, and the others are still wanted
         tally.failures += 1
         seen.failures.append(Failure(pipeline, plan, type(error).__name__, _line(error)))

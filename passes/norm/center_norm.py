@@ -36,30 +36,44 @@ class CenterNorm(Pass):
         spaces = channel_spaces(program)
         edits = Edits(spaces, report)
         waiting = program.calls(aten.layer_norm.default)
-        while waiting:
-            norm, *waiting = waiting
-            space = spaces.space(norm, "norm", Level.LINEAR)
-            reason = _unfit(spaces, norm, space)
-            if space is None or reason is not None:
-                report.skip(norm, reason or "its channels are no one space")
+        groups = _groups(spaces, waiting)
+        for norms, found in groups:
+            reason = _unfit(spaces, norms, found)
+            if reason is not None:
+                for norm in norms:
+                    report.skip(norm, reason)
                 continue
-            for source in space.sources:
+            sources = [source for space in found for source in space.sources]
+            for source in sources:
                 edits.centre(source)
-            same = {p.node for p in space.of_kind("norm")}
-            for other in [norm, *(n for n in waiting if n in same)]:
-                report.rewrote(other, f"an RMS norm now; its mean is folded into {len(space.sources)} weights")
-                _as_rms(program, other)
-            waiting = [n for n in waiting if n not in same]
+            for norm in norms:
+                report.rewrote(norm, f"an RMS norm now; its mean is folded into {len(sources)} weights")
+                _as_rms(program, norm)
         edits.commit()
         return report
 
 
-def _unfit(spaces: ChannelSpaces, norm: fx.Node, space: Space | None) -> str | None:
-    if space is None:
-        ids = next((u.ids for u in spaces.uses if u.node is norm), None)
-        limits = spaces.limits(Level.LINEAR, ids) if ids is not None else []
-        return "; ".join(map(str, limits)) or "what it reads has no weights for sources"
-    for p in space.placements:
+def _groups(spaces: ChannelSpaces, norms: list[fx.Node]) -> list[tuple[list[fx.Node], list[Space]]]:
+    """Norms that share what they read, with the spaces they read: one space for a stream, one a head for queries."""
+    groups: list[tuple[list[fx.Node], list[Space]]] = []
+    for norm in norms:
+        found = spaces.spaces_of(norm, "norm", Level.LINEAR) or []
+        mine = {id(space) for space in found}
+        same = [g for g in groups if mine & {id(space) for space in g[1]}]
+        joined = [norm], list(found)
+        for group in same:
+            groups.remove(group)
+            joined = group[0] + joined[0], group[1] + [s for s in joined[1] if id(s) not in {id(t) for t in group[1]}]
+        groups.append(joined)
+    return groups
+
+
+def _unfit(spaces: ChannelSpaces, norms: list[fx.Node], found: list[Space]) -> str | None:
+    if not found:
+        ids = [u.ids for u in spaces.uses if u.node in norms and u.kind == "norm"]
+        limits = [limit for i in ids for limit in spaces.limits(Level.LINEAR, i)]
+        return "; ".join(dict.fromkeys(map(str, limits))) or "what it reads is no space of its own with weights for sources"
+    for p in (p for space in found for p in space.placements):
         if p.use.kind == "norm" and p.node.target is not aten.layer_norm.default:
             return f"{p.node.name} reads the stream too and takes no mean off it"
         if p.use.kind not in ("norm", "source"):

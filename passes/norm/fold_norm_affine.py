@@ -8,6 +8,7 @@
 
 Exact. Afterwards nothing scales the channels between the norm and its readers, and rotations may pass. A gain is
 folded where all that its channels meet are weights of products; a reader without a bias gets one where β asks for it.
+Where a reader can have none (experts, convolutions), the bias stays on the norm as β/γ.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.contractions import Contraction, find_contractions
+from qcompile.ir.edits import AlongAxis
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
-from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
+from qcompile.spaces import ChannelSpaces, Level, Placement, Space, channel_spaces
 from qcompile.spaces.apply import Edits
 
 aten = torch.ops.aten
+_SMALLEST = 1e-6  # of the largest gain: what is divided by less would grow out of proportion
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 
@@ -78,17 +81,37 @@ def _fold(
     if (reason := _unfit(space, vectors, norms, spaces, products)) is not None:
         return reason
     gain = next((program.weight(v) for v in vectors if v is program.arg(norms[0], "weight")), None)
-    bias = next((program.weight(v) for v in vectors if v is not program.arg(norms[0], "weight")), None)
+    shift = next((v for v in vectors if v is not program.arg(norms[0], "weight")), None)
+    if shift is not None and not all(_takes_bias(products[sink.node], sink) for sink in space.sinks):
+        if gain is None:
+            return "it has no gain to fold, and its bias does not fit all that read it"
+        if not bool((gain.abs() > gain.abs().max() * _SMALLEST).all()):
+            return "its bias does not fit all that read it, and cannot stay: a gain is zero"
+        program.edit_weight(shift, AlongAxis(0, _Divided(gain)))  # n·γ + β = (n + β/γ)·γ
+        shift = None
+        vectors = vectors[:1]
     for sink in space.sinks:
-        if bias is not None:
-            _add_to_bias(program, products[sink.node], bias, sink.positions[0])
+        if shift is not None:
+            _add_to_bias(program, products[sink.node], program.weight(shift), sink.positions[0])
         if gain is not None:
             edits.multiply(sink, gain)
     for norm in norms:
         program.set_arg(norm, "weight", None)
-        if norm.target is aten.layer_norm.default:
+        if norm.target is aten.layer_norm.default and len(vectors) > 1:
             program.set_arg(norm, "bias", None)
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Divided:
+    by: Tensor
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return vectors / self.by.to(vectors)
+
+
+def _takes_bias(c: Contraction, sink: Placement) -> bool:
+    return sink.positions.shape[0] == 1 and not c.kernel and c.experts is None
 
 
 def _unfit(
@@ -98,9 +121,12 @@ def _unfit(
     spaces: ChannelSpaces,
     products: dict[fx.Node, Contraction],
 ) -> str | None:
-    others = [p for p in space.placements if not (p.use.kind == "sink" or p.node in vectors)]
+    kinds = ("sink",) if len(vectors) > 1 else ("sink", "state")  # a cache may hold its values without the gain
+    others = [p for p in space.placements if not (p.use.kind in kinds or p.node in vectors)]
     if others:
         return f"its channels also meet {others[0].node.name}, which is no product that reads them"
+    if any(p.positions.shape[0] > 1 for p in space.sources):
+        return "some of its channels must move alike"
     if not space.sinks:
         return "nothing that reads it is a product with a weight"
     wires = space.sinks[0].use.ids
@@ -109,13 +135,6 @@ def _unfit(
         for limit in spaces.all_limits(Level.LINEAR, wires):
             if limit.node not in norms:
                 return f"between it and {sink.node.name}, {limit}"
-    if len(vectors) > 1:
-        for sink in space.sinks:
-            contraction = products[sink.node]
-            if sink.positions.shape[0] > 1:
-                return f"{sink.node.name} reads its channels several times over: the bias cannot be folded"
-            if contraction.kernel or contraction.experts is not None:
-                return f"{contraction.op} {sink.node.name} takes no constant for its bias"
     return None
 
 

@@ -18,7 +18,7 @@ Gemma, because 1 + γ rounded to bfloat16 would be another model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -31,7 +31,15 @@ from qcompile.passes.norm.spelled import SpelledNorm, recognise, roots, strip_ca
 
 aten = torch.ops.aten
 
-_MAX_WEIGHT = 1 << 20  # elements of a norm's weight; a wider vector is no norm's
+MAX_WEIGHT = 1 << 20  # elements of a norm's weight; a wider vector is no norm's
+
+_STORED = "over stored statistics, a factor and a shift a channel: no norm of what it reads"
+_OTHERS: dict[Any, str] = {
+    aten.batch_norm.default: _STORED,
+    aten._native_batch_norm_legit_no_training.default: _STORED,
+    aten.group_norm.default: "runs over all positions, not over the last axis alone",
+    aten.instance_norm.default: "runs over all positions, not over the last axis alone",
+}
 
 
 @register
@@ -44,13 +52,15 @@ class RaiseNorms(Pass):
     def run(self, program: Program) -> Report:
         """Raise every norm, and store the weights of those that are operators already but compute theirs."""
         report = Report()
-        constants = Constants(program, _MAX_WEIGHT)
+        constants = Constants(program, MAX_WEIGHT)
         for root in roots(program):
             found = recognise(program, root, constants)
             if isinstance(found, str):
                 report.skip(root, found)
             elif found is not None:
-                _raise(program, found, constants, report)
+                raise_norm(program, found, constants, report)
+        for other in program.calls(*_OTHERS):
+            report.skip(other, _OTHERS[other.target])
         for norm in program.calls(aten.rms_norm.default, aten.layer_norm.default):
             for name in ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",):
                 value = program.arg(norm, name)
@@ -64,7 +74,8 @@ class RaiseNorms(Pass):
         return report
 
 
-def _raise(program: Program, norm: SpelledNorm, constants: Constants, report: Report) -> None:
+def raise_norm(program: Program, norm: SpelledNorm, constants: Constants, report: Report) -> None:
+    """Let every reader of a norm that is spelled out read one operator."""
     name = "layer_norm" if norm.centred else "rms_norm"
     said = f"{name} over {norm.width}, eps {norm.eps:g}"
     result, module = norm.result, program.module_of(norm.product)

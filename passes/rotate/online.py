@@ -19,6 +19,7 @@ from qcompile.hadamard.rotation import Hadamard
 from qcompile.ir.attention import Operand, find_attention
 from qcompile.ir.contractions import Contraction, find_contractions, roles
 from qcompile.ir.edits import AlongAxis
+from qcompile.ir.moves import MOVES, axis_back, moved
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.passes.quantize.spell_attention import let_reshape
@@ -54,21 +55,25 @@ def rotate_inputs(program: Program, block: int | None, report: Report, wanted: C
 def _rotate_input(
     program: Program, x: fx.Node, axis: int, same: list[Contraction], block: int | None, report: Report, done: set[fx.Node]
 ) -> str | None:
+    x, axis, followers = _before_moves(program, x, axis, same)
     width = x.meta["val"].shape[axis]
     if not isinstance(width, int) or axis != x.meta["val"].ndim - 1:
-        return "the channels of its input are not the last axis"
-    if any(isinstance(step.target, torch._ops.OpOverload) and "qcompile" in str(step.target) for c in same for step in c.path):
+        return "the channels of its input are not the last axis, or of no fixed width"
+    if any("qcompile" in str(step.target) for c in same for step in c.path):
         return "its weight is quantized already"
+    if any(width != c.weight.meta["val"].shape[c.axis_in] for c in same):
+        return "it reads a part of its weight"
     try:
         order, size = hadamard_for(width, block)
     except HadamardError as error:
         return str(error)
-    first = min(same, key=lambda c: _place(program, c.node))
-    online = program.call(TRANSFORM, (x, order, size), before=first.node, module=program.module_of(first.node))
+    first = min(followers, key=lambda node: _place(program, node))
+    online = program.call(TRANSFORM, (x, order, size), before=first, module=program.module_of(same[0].node))
     online.meta["rotates"] = "input"
     rotation = Hadamard(width, size)
+    for follower in followers:
+        follower.replace_input_with(x, online)
     for c in same:
-        c.node.replace_input_with(x, online)
         weight = c.weight
         outside = [user for user in _readers(program, weight) if user not in {d.node for d in same}]
         if outside or weight in done:
@@ -79,10 +84,22 @@ def _rotate_input(
     return None
 
 
+def _before_moves(
+    program: Program, x: fx.Node, axis: int, same: list[Contraction]
+) -> tuple[fx.Node, int, list[fx.Node]]:
+    """Where the channels are the last axis: what `x` is moved from, and who reads that on the way to the products."""
+    followers = [c.node for c in same]
+    while axis != x.meta["val"].ndim - 1 and len(x.users) == len(followers):
+        source = moved(program, x)
+        back = axis_back(program, x, axis) if source is not None else None
+        if source is None or back is None or source.meta["val"].shape[back] != x.meta["val"].shape[axis]:
+            break
+        x, axis, followers = source, back, [x]
+    return x, axis, followers
+
+
 def _readers(program: Program, weight: fx.Node) -> list[fx.Node]:
     """The calls that use a weight, past moves."""
-    from qcompile.ir.moves import MOVES
-
     found: list[fx.Node] = []
     todo = list(weight.users)
     while todo:

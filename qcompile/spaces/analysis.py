@@ -40,6 +40,17 @@ class ChannelSpaces:
             return None
         return next((s for s in self[level] if any(p.use is use and p.positions.size == use.ids.size for p in s.placements)), None)
 
+    def spaces_of(self, node: fx.Node, kind: str, level: Level) -> list[Space] | None:
+        """The spaces that all uses of a kind at `node` belong to, each whole; None where some channel is in none."""
+        uses = {id(u): u.ids.size for u in self.uses if u.node is node and u.kind == kind}
+        found: dict[int, Space] = {}
+        for space in self[level]:
+            for p in space.placements:
+                if uses.get(id(p.use)) == p.positions.size:
+                    del uses[id(p.use)]
+                    found[id(space)] = space
+        return None if uses else list(found.values())
+
     def limits(self, level: Level, ids: Ids) -> list[Limit]:
         """What forbids `level` on these wires, each operator once."""
         ids = ids[ids >= 0]
@@ -67,6 +78,8 @@ class ChannelSpaces:
         used = np.unique(np.concatenate([roots[u.ids[u.ids >= 0]] for u in uses]))
         used = used[free[used]]
         groups: dict[int, Ids] = {}
+        if used.size == 0:
+            return []
         order = np.argsort(signature[used], kind="stable")
         keys, starts = np.unique(signature[used][order], return_index=True)
         for key, members in zip(keys, np.split(used[order], starts[1:]), strict=True):

@@ -149,17 +149,27 @@ class Edits:
             if use.weight in touched and use.weight is not None:
                 readers[use.weight][use.node].append(use)
         for weight, nodes in readers.items():
-            wishes: dict[tuple[object, ...], list[fx.Node]] = defaultdict(list)
+            groups: list[list[fx.Node]] = []
             for node, uses in nodes.items():
-                wishes[self._wish(uses)].append(node)
-            for index, same in enumerate(wishes.values()):
+                fits = (g for g in groups if not any(self._clash(uses, nodes[other]) for other in g))
+                group = next(fits, None)
+                if group is None:
+                    groups.append([node])
+                else:
+                    group.append(node)
+            for index, same in enumerate(groups):
                 own = weight if index == 0 else part_weight(self.program, weight, same, self.report)
-                self._write(own, nodes[same[0]])
+                self._write(own, [use for node in same for use in nodes[node]])
         self.pending.clear()
 
-    def _wish(self, uses: list[Use]) -> tuple[object, ...]:
-        wanted = {(u.axis, e.key) for u in uses for e in self.pending.get(u, [])}
-        return tuple(sorted(wanted, key=repr))
+    def _clash(self, first: list[Use], second: list[Use]) -> bool:
+        """Whether two readers want different things of entries of an axis that both read."""
+        for axis, view in {(u.axis, u.view) for u in (*first, *second)}:
+            mine, theirs = ([u for u in uses if (u.axis, u.view) == (axis, view)] for uses in (first, second))
+            wishes = [{e.key for u in uses for e in self.pending.get(u, [])} for uses in (mine, theirs)]
+            if wishes[0] != wishes[1] and (not mine or not theirs or _overlap(mine, theirs)):
+                return True
+        return False
 
     def _write(self, weight: fx.Node, uses: list[Use]) -> None:
         done: set[tuple[object, ...]] = set()
@@ -170,6 +180,12 @@ class Edits:
                 edit = Effects(use.axis, tuple(effects))
                 plain = use.view is None or use.view == tuple(weight.meta["val"].shape)
                 self.program.edit_weight(weight, edit if plain else Viewed(None, edit, use.view or ()))
+
+
+def _overlap(first: list[Use], second: list[Use]) -> bool:
+    """Whether two readers read a common entry; a use that has wires everywhere reads them all."""
+    whole = any((u.ids >= 0).all() for u in (*first, *second))
+    return whole or any(bool(((a.ids >= 0) & (b.ids >= 0)).any()) for a in first for b in second)
 
 
 def merged(effects: list[Effect]) -> list[Effect]:

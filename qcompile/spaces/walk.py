@@ -144,6 +144,14 @@ class Walk:
         self.wires.together(VECTOR, old, self.wires.event(node, "moves whole vectors"))
         return layout.with_ids(new)
 
+    def collapsed(self, ids: Ids, place: int, node: fx.Node) -> Ids:
+        """Wires along an axis of `ids` move alike: it has length 1 then."""
+        first = ids.take([0], place)
+        self.wires.join(first, ids)
+        rows = np.arange(ids.shape[place]).reshape([-1 if i == place else 1 for i in range(ids.ndim)])
+        self.wires.together(VECTOR, ids, self.wires.event(node, "the same for all tokens"), rows)
+        return np.asarray(first)
+
     def rows(self, layout: Layout, node: fx.Node, reason: str, rows: Ids, levels: tuple[Level, ...] = MIXING) -> None:
         """Wires may be mixed within their row only; where each is alone in its row, not at all."""
         if not layout.has_wires:

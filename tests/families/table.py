@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(),
     "qwen3": Family(default=True),
     "qwen3_5": Family(LINEAR_ATTENTION, model_type="qwen3_5_text"),
-    "qwen3_next": Family({**LINEAR_ATTENTION, **NARROW_EXPERTS, "shared_expert_intermediate_size": 24}, default=False),
+    "qwen3_next": Family({**LINEAR_ATTENTION, **NARROW_EXPERTS, "shared_expert_intermediate_size": 24}),
     "gemma": Family(),
     "gemma2": Family({**WINDOW, "query_pre_attn_scalar": 8}, default=True),
     "gemma3_text": Family({**WINDOW, "query_pre_attn_scalar": 8}),
@@ -101,7 +101,6 @@ FAMILIES: dict[str, Family] = {
             "laurel_rank": 8,
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         },
-        default=False,
     ),
     "gemma4_text": Family(
         {
@@ -153,13 +152,13 @@ FAMILIES: dict[str, Family] = {
         {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": LIMIT}, common=False
     ),
     "codegen": Family({**GPT, "n_ctx": LIMIT, "rotary_dim": 4}, common=False),
-    "cohere": Family({"use_qk_norm": True}),
+    "cohere": Family({"use_qk_norm": True}, default=True),
     "cohere2": Family(WINDOW),
     "olmo": Family(),
     "olmo2": Family(),
     "granite": Family(MULTIPLIERS),
     "starcoder2": Family(),
-    "stablelm": Family({"qk_layernorm": True, "use_qkv_bias": True}),
+    "stablelm": Family({"qk_layernorm": True, "use_qkv_bias": True}, default=True),
     "nemotron": Family(),
     "glm4": Family(),
     "smollm3": Family({"no_rope_layers": [1, 0]}),
@@ -181,9 +180,10 @@ FAMILIES: dict[str, Family] = {
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
         },
         common=False,
+        default=True,
     ),
     "deepseek_v2": Family(LATENT_EXPERTS),
-    "deepseek_v3": Family(LATENT_EXPERTS, default=False),
+    "deepseek_v3": Family(LATENT_EXPERTS),
     "phimoe": Family(LOCAL_EXPERTS),
     "granitemoe": Family({**LOCAL_EXPERTS, **MULTIPLIERS}),
     "llama4_text": Family(
@@ -246,5 +246,6 @@ FAMILIES: dict[str, Family] = {
         },
         common=False,
         example="cross",
+        default=True,
     ),
 }

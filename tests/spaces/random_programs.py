@@ -74,7 +74,11 @@ class Outcome:
 
 
 class Mismatch(AssertionError):
-    """A pipeline changed what a program computes."""
+    """A pipeline changed what a program computes, by `drift`."""
+
+    def __init__(self, message: str, drift: float) -> None:
+        super().__init__(message)
+        self.drift = drift
 
 
 def build(plan: Plan) -> Program:
@@ -181,7 +185,7 @@ def check(program: Program, pipeline: str) -> Outcome:
         worst = max(worst, drift(copy.run({n.name: given[n.name] for n in copy.inputs}), program.run(given)))
     if copy.output_names != program.output_names or not worst <= TOLERANCE:
         outputs = f"{list(program.output_names)} ⟶ {list(copy.output_names)}"
-        raise Mismatch(f"{pipeline} moved the outputs by {worst:.2e} of their maximum ({outputs})")
+        raise Mismatch(f"{pipeline} moved the outputs by {worst:.2e} of their maximum ({outputs})", worst)
     return Outcome(tuple(reports), worst, str(copy) != str(program) or any(r.rewritten for r in reports))
 
 

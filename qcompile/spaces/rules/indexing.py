@@ -34,6 +34,8 @@ def embedding(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 def index(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout, indices = walk.of(node.args[0]), _indices(walk, node)
     given = [axis for axis, index in enumerate(indices) if index is not None]
+    if node.args[0] in walk.constants:
+        layout = _table(walk, node, layout, given)
     if any(layout.has_wires_along(axis) for axis in given):
         return walk.barrier(node, "picks channels by an index")
     if any(walk.of(i).has_wires for i in indices if i is not None):
@@ -48,6 +50,15 @@ def index(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     for k in range(new):
         result = result.inserted(place + k, shape[place + k])
     return _differing(result, range(place, place + new))
+
+
+def _table(walk: Walk, node: fx.Node, layout: Layout, axes: list[int]) -> Layout:
+    """A weight whose rows are picked: all rows move alike. The last axis has the channels."""
+    ids, places = layout.ids, {p for axis in axes if axis != layout.rank - 1 for p in layout.atoms(axis)}
+    for place in places:
+        if ids.shape[place] > 1:
+            ids = walk.collapsed(ids, place, node)
+    return Layout(layout.axes, ids, layout.varies)
 
 
 def _indices(walk: Walk, node: fx.Node) -> list[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from qcompile.spaces.layout import Layout, along, product
+from qcompile.spaces.layout import Layout, along, plain, product
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import row_numbers
 from qcompile.spaces.rules.pointwise import scaled, summed
@@ -78,12 +78,19 @@ def group_norm(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     return _per_channel(walk, node, layout, rows)
 
 
-@rule(aten.batch_norm.default, says="a gain and a bias per channel: permutations pass; diagonals start at the gain")
+@rule(
+    aten.batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+    says="a gain and a bias per channel: permutations pass; diagonals start at the gain",
+)
 def batch_norm(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout = walk.of(node.args[0])
-    if walk.program.arg(node, "training"):
-        return walk.barrier(node, "normalises over the batch")
-    return _per_channel(walk, node, layout, None)
+    if node.target is aten.batch_norm.default:
+        if walk.program.arg(node, "training"):
+            return walk.barrier(node, "normalises over the batch")
+        return _per_channel(walk, node, layout, None)
+    result = _per_channel(walk, node, layout, None)
+    return [result, plain([]), plain([])] if isinstance(result, Layout) else result
 
 
 def _per_channel(walk: Walk, node: fx.Node, layout: Layout, rows: Any) -> Layout | list[Layout]:

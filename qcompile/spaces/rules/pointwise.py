@@ -121,10 +121,6 @@ def summed(walk: Walk, node: fx.Node, a: Layout, b: Layout, prefer_b: bool = Fal
         return Layout(pair.axes, kept, pair.b_varies if a.zero else pair.a_varies)
     if not a.has_wires and not b.has_wires:
         return pair.layout(pair.a if pair.a.size >= pair.b.size else pair.b)
-    if _spread(pair.a, pair.b) or _spread(pair.b, pair.a):
-        walk.stop(a, node, "is added to several elements")
-        walk.stop(b, node, "one element is added to several")
-        return Layout(pair.axes, np.full([1] * pair.a.ndim, -1), pair.layout(pair.a).varies)
     wide_a, wide_b = np.broadcast_arrays(pair.a, pair.b)
     walk.wires.join(wide_a, wide_b)
     event = walk.wires.event(node, "adds what no weight makes")
@@ -149,16 +145,11 @@ def _flags(ids: Ids, varies: tuple[bool, ...]) -> list[bool]:
 
 
 def _spread(a: Ids, b: Ids) -> bool:
-    """Whether a single wire of `a` meets several wires of `b`."""
+    """Whether a single wire of `a`, a gate for a whole head, meets all wires of a vector of `b`."""
     if not (a >= 0).any() or not (b >= 0).any():
         return False
-    return any(x == 1 and y > 1 for x, y in zip(a.shape, b.shape, strict=True)) and _distinct(b, a.shape)
-
-
-def _distinct(b: Ids, shape: tuple[int, ...]) -> bool:
-    """Whether wires of `b` differ along the axes where `shape` is 1."""
-    axes = tuple(i for i, (s, t) in enumerate(zip(shape, b.shape, strict=True)) if s == 1 and t > 1)
-    return bool((b.min(axes) != b.max(axes)).any())
+    wired = [i for i, size in enumerate(b.shape) if size > 1]
+    return bool(wired) and a.shape[wired[-1]] == 1
 
 
 def _shift(walk: Walk, node: fx.Node, tensor: Any) -> Layout:
@@ -198,6 +189,7 @@ def scaled(
     pair = paired(a, b)
     if pair is None:
         return walk.barrier(node, "multiplies tensors whose merged axes do not line up")
+    pair = _by_tokens(walk, node, pair, a, b)
     if a.zero or b.zero:
         walk.stop(a, node, "is multiplied by zero")
         return Layout(pair.axes, np.full([1] * pair.a.ndim, -1), pair.layout(pair.a).varies, zero=True)
@@ -211,6 +203,19 @@ def scaled(
     if not a.has_wires:
         return _by_table(walk, node, pair, pair.b, pair.a_varies)
     return _gate(walk, node, pair, constant)
+
+
+def _by_tokens(walk: Walk, node: fx.Node, pair: Pair, a: Layout, b: Layout) -> Pair:
+    """Wires that differ along tokens only on one side, a table of positions, move alike for all tokens."""
+    ids = [pair.a, pair.b]
+    for k, (mine, other, layout) in enumerate(((pair.a, pair.b, b), (pair.b, pair.a, a))):
+        tokens = [i for i, (m, o) in enumerate(zip(mine.shape, other.shape, strict=True)) if o == 1 < m]
+        flat = [size for axis in layout.axes for size in axis]
+        lead = mine.ndim - len(flat)
+        for i in tokens:
+            if i >= lead and flat[i - lead] != 1:
+                ids[k] = walk.collapsed(ids[k], i, node)
+    return Pair(pair.axes, ids[0], ids[1], pair.a_varies, pair.b_varies)
 
 
 def _by_table(walk: Walk, node: fx.Node, pair: Pair, ids: Ids, varies: tuple[bool, ...]) -> Layout:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
-from qcompile.ir.contractions import Contraction, rank
+from qcompile.ir.contractions import Contraction
+from qcompile.ir.moves import rank
+from qcompile.ir.program import Program
+from qcompile.ir.types import Dim
 from qcompile.spaces.layout import Layout, along, plain
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.indexing import wires_along
@@ -16,24 +22,13 @@ from qcompile.spaces.walk import Use, Walk, sizes
 from qcompile.spaces.wires import VECTOR, Ids, Level
 
 aten = torch.ops.aten
-
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default)
 _QUANTIZED = {
     torch.ops.qcompile.quantize.default,
     torch.ops.qcompile.dequantize.default,
     torch.ops.qcompile.choose_qparams.default,
 }
-_BIASES = {"bias", "self"}
-
-
-def _optional(*names: str) -> list[object]:
-    """Operators that may not be registered: transformers registers its own when it is imported."""
-    found = []
-    for name in names:
-        space, op, overload = name.split(".")
-        packet = getattr(getattr(torch.ops, space), op, None)
-        if packet is not None:
-            found.append(getattr(packet, overload))
-    return found
+_ADDS = {aten.addmm.default: "self", aten.baddbmm.default: "self"}  # what other products call their bias
 
 
 PRODUCTS = (
@@ -76,18 +71,26 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
     if c.groups > 1 and not depthwise:
         walk.stop(layout, node, f"convolves {c.groups} groups of channels, each with its own weight")
     elif layout.has_wires and rows.shape[1] > 0:
-        _sink(walk, node, c, rows, depthwise)
-    result = source(walk, node, c.weight, c.axis_out, c.output_axis)
+        places = None if depthwise else part_of(walk.program, c, c.axis_in, rows.shape[1])
+        if isinstance(places, str):
+            return walk.barrier(node, places)
+        _sink(walk, node, c, rows, depthwise, places)
+    places = part_of(walk.program, c, c.axis_out, sizes(node)[c.output_axis])
+    if isinstance(places, str):
+        return walk.barrier(node, places)
+    result = source(walk, node, c.weight, c.axis_out, c.output_axis, places)
     if depthwise and layout.has_wires:
         _channelwise(walk, node, rows[0], result)
-    for name in _BIASES & {a.name for a in node.target._schema.arguments}:  # type: ignore[union-attr]
-        bias = walk.program.arg(node, name)
-        if isinstance(bias, fx.Node) and bias is not c.input:
-            added = summed(walk, node, result, _at(walk.of(bias), c.output_axis, result), prefer_b=False)
-            if not isinstance(added, Layout):
-                return added
-            result = added
-    return result
+    bias = _bias(walk, node)
+    return result if bias is None else summed(walk, node, result, _at(walk.of(bias), c.output_axis, result))
+
+
+def _bias(walk: Walk, node: fx.Node) -> fx.Node | None:
+    """What a product adds."""
+    names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    name = _ADDS.get(node.target, "bias" if "bias" in names else "")  # type: ignore[arg-type]
+    bias = walk.program.arg(node, name) if name else None
+    return bias if isinstance(bias, fx.Node) else None
 
 
 def _at(bias: Layout, axis: int, result: Layout) -> Layout:
@@ -99,7 +102,39 @@ def _at(bias: Layout, axis: int, result: Layout) -> Layout:
     return bias
 
 
-def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool) -> None:
+def part_of(program: Program, c: Contraction, axis: int, size: Dim) -> Ids | str | None:
+    """Where along an axis of the stored weight the part that is read lies; None for the whole, else why not known."""
+    width = int(c.weight.meta["val"].shape[axis])
+    if size == width:
+        return None
+    numbers = torch.arange(width).reshape([-1 if i == axis else 1 for i in range(rank(c.weight))])
+    value: Any = numbers.expand(c.weight.meta["val"].shape)
+    for step in c.path:
+        rest = (*step.args[1:], *step.kwargs.values())
+        if any(isinstance(a, fx.Node) for a in pytree.tree_leaves(rest)):
+            return f"reads a part of {program.key(c.weight)!r} that is chosen when the model runs"
+        value = value if step.target in CASTS else step.target(value, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+    read = [i for i in range(value.ndim) if value.shape[i] == size and _differs(value, i)]
+    if len(read) != 1:
+        return f"reads {program.key(c.weight)!r} in parts that are no part of one axis"
+    return np.asarray(value.movedim(read[0], -1).reshape(-1, int(size))[0].numpy())
+
+
+def _differs(value: torch.Tensor, axis: int) -> bool:
+    first = value.select(axis, 0).unsqueeze(axis)
+    return bool((value != first).any())
+
+
+def _whole(row: Ids, places: Ids | None, width: int) -> Ids:
+    """Wires along the whole axis of a weight, of which `places` are read."""
+    if places is None:
+        return row
+    ids = np.full(width, -1, np.int64)
+    ids[places] = row
+    return ids
+
+
+def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool, places: Ids | None) -> None:
     """Every row of wires meets the same weight, so all rows move alike."""
     if (rows < 0).any() and (rows >= 0).any():
         event = walk.wires.event(node, "reads channels beside values that no weight makes")
@@ -112,8 +147,9 @@ def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool)
         walk.uses.append(Use("sink", node, rows[0], c.weight, c.axis_out, levels=(Level.DIAGONAL,)))
         walk.share(c.weight, "sink", c.axis_out, rows[0])
         return
-    walk.share(c.weight, "sink", c.axis_in, rows[0])
-    walk.use(Use("sink", node, rows[0], c.weight, c.axis_in))
+    ids = _whole(rows[0], places, int(c.weight.meta["val"].shape[c.axis_in]))
+    walk.share(c.weight, "sink", c.axis_in, ids)
+    walk.use(Use("sink", node, ids, c.weight, c.axis_in))
 
 
 def _channelwise(walk: Walk, node: fx.Node, row: Ids, result: Layout) -> None:
@@ -124,17 +160,16 @@ def _channelwise(walk: Walk, node: fx.Node, row: Ids, result: Layout) -> None:
     walk.wires.limit(VECTOR, out, event)
 
 
-def source(walk: Walk, node: fx.Node, weight: fx.Node, axis: int, output_axis: int) -> Layout:
-    """The layout of a result that starts at one axis of a weight."""
-    count = int(weight.meta["val"].shape[axis])
-    ids = walk.wires.fresh(np.zeros(count, np.int64))
-    walk.use(Use("source", node, ids, weight, axis))
-    walk.share(weight, "source", axis, ids)
-    shape = sizes(node)
-    if shape[output_axis] != count:
-        walk.stop(along([count], 0, ids), node, "its output features are no axis of the result")
-        return plain(shape)
-    return along(shape, output_axis, ids)
+def source(
+    walk: Walk, node: fx.Node, weight: fx.Node, axis: int, output_axis: int, places: Ids | None = None
+) -> Layout:
+    """The layout of a result that starts at one axis of a weight, or at some places of it."""
+    width = int(weight.meta["val"].shape[axis])
+    ids = walk.wires.fresh(np.zeros(width if places is None else len(places), np.int64))
+    whole = _whole(ids, places, width)
+    walk.use(Use("source", node, whole, weight, axis))
+    walk.share(weight, "source", axis, whole)
+    return along(sizes(node), output_axis, ids)
 
 
 def _activations(walk: Walk, node: fx.Node) -> Layout | list[Layout]:

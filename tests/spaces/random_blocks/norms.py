@@ -44,13 +44,13 @@ def _layer_in_part(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
 
 
 def _llama(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
-    return g.mul(g.gain(f"{name}.gain", width), _unit(g, dice, x))
+    return g.mul(g.gain(f"{name}.gain", width), _unit(g, dice, x, width))
 
 
 def _gemma(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
     gain = g.add(g.weight(f"{name}.gain", [width], 0.0, 0.5), 1.0)
     if dice.often():
-        return g.mul(_unit(g, dice, x), gain)
+        return g.mul(_unit(g, dice, x, width), gain)
     return g.call("rms_norm", x, [width], gain, _eps(dice))
 
 
@@ -109,25 +109,33 @@ def _statistic_of_another(g: Graph, dice: Dice, x: str, name: str, width: int) -
     """Scales x by the statistic of something near it: of x + β, of half its channels, or read once more."""
     which = dice.roll(3)
     if which == 0:
-        return _scaled(g, dice, x, _mean_square(g, g.add(x, g.shift(f"{name}.bias", width))))
+        return _scaled(g, dice, x, _mean_square(g, dice, g.add(x, g.shift(f"{name}.bias", width)), width))
     if which == 1:
-        return _scaled(g, dice, x, _mean_square(g, g.part(x, -1, 0, width // 2)))
-    statistic = _mean_square(g, x)
+        return _scaled(g, dice, x, _mean_square(g, dice, g.part(x, -1, 0, width // 2), width // 2))
+    statistic = _mean_square(g, dice, x, width)
     return g.add(_scaled(g, dice, x, statistic), g.call("tanh", statistic))
 
 
 def _whole(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
-    """A gain of one number, or of a whole matrix of positions and channels."""
-    unit = _unit(g, dice, x)
+    """A gain of one number."""
+    unit = _unit(g, dice, x, width)
     return g.mul(unit, g.weight(f"{name}.gain", [1], 1.0, 0.5)) if dice.often() else g.mul(unit, 1.3)
 
 
-def _unit(g: Graph, dice: Dice, x: str) -> str:
-    return _scaled(g, dice, x, _mean_square(g, x))
+def _unit(g: Graph, dice: Dice, x: str, width: int) -> str:
+    return _scaled(g, dice, x, _mean_square(g, dice, x, width))
 
 
-def _mean_square(g: Graph, x: str) -> str:
-    return g.call("mean.dim", g.call("pow.Tensor_Scalar", x, 2), [-1], True)
+def _mean_square(g: Graph, dice: Dice, x: str, width: int) -> str:
+    """The mean of squares as a mean, or as a sum over the width; over another number now and then."""
+    form = dice.roll(8)
+    squared = g.call("pow.Tensor_Scalar", x, 2) if form < 4 else g.mul(x, x) if form < 6 else g.call("square", x)
+    if form not in (2, 3, 7):
+        return g.call("mean.dim", squared, [-1], True)
+    total = g.call("sum.dim_IntList", squared, [-1], True)
+    if form == 2:
+        return g.mul(total, 1 / width)
+    return g.call("div.Tensor", total, width if dice.often() else width - 1)
 
 
 def _scaled(g: Graph, dice: Dice, x: str, statistic: str) -> str:

@@ -69,8 +69,8 @@ def _wired(g: Graph, dice: Dice, layer: Layer, x: str, skipped: str, wiring: int
         y = norm(g, dice, x, "norm")
         return _residual(g, dice, y, layer(g, dice, y, "layer"))
     if wiring == 11:  # beside the stream as it began
-        both = g.call("cat", [norm(g, dice, x, "norm"), skipped], -1)
-        y = linear(g, dice, both, 2 * g.width, g.width, "join")
+        joined = g.call("cat", [norm(g, dice, x, "norm"), skipped], -1)
+        y = linear(g, dice, joined, 2 * g.width, g.width, "join")
         return _residual(g, dice, x, layer(g, dice, y, "layer"))
     return _residual(g, dice, x, layer(g, dice, norm(g, dice, x, "norm"), "layer"))
 

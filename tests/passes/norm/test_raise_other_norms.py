@@ -1,4 +1,4 @@
-"""Norms by a sum of squares, as linear attention applies to queries and keys."""
+"""Norms by a sum of squares, as linear attention applies to queries and keys, and norms over other axes."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ def test_what_is_no_l2_norm(old: str, new: str, reasons: list[str], left_alone: 
     if "[1]" in new:
         text = text.replace("[2, 3, 1]", "[2, 1, 16]")
     assert left_alone(RaiseNorms(), text) == reasons
+
+
+def test_norms_over_other_axes_are_left_alone(left_alone: Callable[..., Any]) -> None:
+    text = """\
+        def main(x: f32[2, 4, 3, 3], *, g: f32[4], b: f32[4], m: f32[4], v: f32[4]):
+            n: f32[2, 4, 3, 3] = aten.batch_norm.default(x, g, b, m, v, False, 0.1, 0.01, False)
+            y: f32[2, 4, 3, 3] = aten.group_norm.default(n, 2, g, b, 0.01, False)
+            return {"y": y}"""
+    assert left_alone(RaiseNorms(), text) == [
+        "over stored statistics, a factor and a shift a channel: no norm of what it reads",
+        "runs over all positions, not over the last axis alone",
+    ]

@@ -1,0 +1,118 @@
+"""Choose an order of channels from a score, and apply it to every space that admits one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import QCompileError, RecipeError
+from qcompile.ir.contractions import find_contractions
+from qcompile.ir.program import Program
+from qcompile.pass_base import Report
+from qcompile.passes.permute.kinds import Kind, kind_of
+from qcompile.spaces import ChannelSpaces, Level, Placement, Space
+from qcompile.spaces.apply import Edits
+from qcompile.spaces.layout import Layout
+
+Arrangement = Literal["sorted", "even"]
+Score = Callable[[Placement], Tensor]
+"""Sink ⟶ a number ≥ 0 for each channel of its space, float64 [width]."""
+
+
+@dataclass(frozen=True)
+class Arrange:
+    """How to order channels; see the passes for what the fields mean. Raises RecipeError where they do not agree."""
+
+    kinds: tuple[Kind, ...]
+    arrange: Arrangement
+    group: int | None
+    descending: bool
+
+    def __post_init__(self) -> None:
+        if (self.arrange == "even") != (self.group is not None):
+            raise RecipeError(
+                f"arrange={self.arrange} with group={self.group}: give group with arrange=even, and only there"
+            )
+        if self.group is not None and self.group < 1:
+            raise RecipeError(f"group={self.group} is no number of channels; give 1 or more")
+
+    def order(self, scores: Tensor) -> Tensor:
+        """The channel that stands in each place, int64 [width]."""
+        order = scores.argsort(descending=self.descending, stable=True)
+        if self.group is None:
+            return order
+        rows = order.view(self.group, -1).clone()  # one channel for each group in every row, dealt there and back
+        rows[1::2] = rows[1::2].flip(-1)
+        return rows.T.reshape(-1)
+
+    def unfit(self, space: Space) -> str | None:
+        """Why a space is left in its order."""
+        if not space.sinks:
+            return "no product reads it, so its order is nothing to a weight's groups"
+        if self.group is not None and space.width % self.group:
+            return f"groups of {self.group} do not divide its {space.width} channels"
+        return None
+
+
+def arrange(
+    spaces: ChannelSpaces, how: Arrange, score: Score, combine: Callable[[list[Tensor]], Tensor], report: Report
+) -> None:
+    """Order every space of the wanted kinds by `combine` of its sinks' scores; what keeps its order is reported."""
+    edits = Edits(spaces, report)
+    reached: set[fx.Node] = set()
+    for space in spaces[Level.PERMUTATION]:
+        if space.width == 1:
+            continue
+        reached |= {p.node for p in space.sinks}
+        if (kind := kind_of(space)) not in how.kinds or not _made_by_products(space):
+            continue
+        if (reason := how.unfit(space)) is not None:
+            report.skip(space.name, reason)
+            continue
+        scores = combine([score(sink) for sink in space.sinks])
+        if not bool(scores.isfinite().all()):
+            raise QCompileError(f"{space.name}: a channel's score is not finite; look for nan in its weights or data")
+        order = how.order(scores)
+        moved = int((order != torch.arange(space.width)).sum())
+        edits.permute(space, order)
+        report.rewrote(space.name, f"{kind}: {moved} of {space.width} channels moved, {len(space.sinks)} sinks")
+    _left_alone(spaces, reached, report)
+    edits.commit()
+
+
+def _made_by_products(space: Space) -> bool:
+    """Whether matrices and tables make it; vectors alone make such as the frequencies of a rotary embedding."""
+    return any(p.use.weight is not None and p.use.weight.meta["val"].ndim > 1 for p in space.sources)
+
+
+def _left_alone(spaces: ChannelSpaces, reached: set[fx.Node], report: Report) -> None:
+    """Products whose input keeps its order, and the operator that forbids another."""
+    for product in find_contractions(spaces.program):
+        layout = spaces.layouts.get(product.input)
+        if product.node in reached:
+            continue
+        if not isinstance(layout, Layout) or not layout.has_wires:
+            report.skip(product.node, "reads no channels that a weight makes")
+            continue
+        limits = spaces.all_limits(Level.PERMUTATION, layout.ids)[:3]
+        report.skip(
+            product.node, "; ".join(map(str, limits)) or "the channels it reads each move with others of their own"
+        )
+
+
+def channels(values: Tensor, sink: Placement, copies: Literal["max", "sum"]) -> Tensor:
+    """Values along a sink's axis ⟶ one for each channel of the space, its copies combined."""
+    placed = values[torch.from_numpy(sink.positions)].double()
+    return placed.amax(0) if copies == "max" else placed.sum(0)
+
+
+def weight_columns(program: Program, sink: Placement) -> Tensor:
+    """A sink's weight as ``[everything else, input features]``."""
+    assert sink.use.weight is not None
+    weight = program.weight(sink.use.weight)
+    weight = weight if sink.use.view is None else weight.reshape(sink.use.view)
+    return weight.movedim(sink.use.axis, -1).flatten(0, -2)
