@@ -25,6 +25,7 @@ _HOMES = {
     "Recipe": "qcompile.recipe",
     "Report": "qcompile.pass_base",
     "capture": "qcompile.capture",
+    "channel_spaces": "qcompile.spaces",
     "compile": "qcompile.driver",
     "load": "qcompile.compiled",
     "register": "qcompile.pass_base",
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "__version__",
     "capture",
+    "channel_spaces",
     "compile",
     "load",
     "register",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from qcompile.pass_base import Pass, Report, register
     from qcompile.pass_manager import PassManager
     from qcompile.recipe import Recipe
+    from qcompile.spaces import channel_spaces
 
 
 def __getattr__(name: str) -> Any:

@@ -10,20 +10,22 @@ Exact. Products that read one tensor share one Hadamard transform.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.hadamard.construct import HadamardError, hadamard_for
-from qcompile.hadamard.rotation import Hadamard
+from qcompile.hadamard.rotation import Hadamard, Rotation
 from qcompile.ir.attention import Operand, find_attention
 from qcompile.ir.contractions import Contraction, find_contractions, roles
-from qcompile.ir.edits import AlongAxis
+from qcompile.ir.edits import WeightEdit
 from qcompile.ir.moves import MOVES, axis_back, moved
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.passes.quantize.spell_attention import let_reshape
 from qcompile.spaces.apply import part_weight
+from qcompile.spaces.rules.products import part_of
 
 aten = torch.ops.aten
 TRANSFORM = torch.ops.qcompile.hadamard.default
@@ -61,8 +63,8 @@ def _rotate_input(
         return "the channels of its input are not the last axis, or of no fixed width"
     if any("qcompile" in str(step.target) for c in same for step in c.path):
         return "its weight is quantized already"
-    if any(width != c.weight.meta["val"].shape[c.axis_in] for c in same):
-        return "it reads a part of its weight"
+    if not all(_in_blocks(program, c, width) for c in same):
+        return "it reads a part of its weight that is no run of blocks"
     try:
         order, size = hadamard_for(width, block)
     except HadamardError as error:
@@ -70,7 +72,6 @@ def _rotate_input(
     first = min(followers, key=lambda node: _place(program, node))
     online = program.call(TRANSFORM, (x, order, size), before=first, module=program.module_of(same[0].node))
     online.meta["rotates"] = "input"
-    rotation = Hadamard(width, size)
     for follower in followers:
         follower.replace_input_with(x, online)
     for c in same:
@@ -79,9 +80,29 @@ def _rotate_input(
         if outside or weight in done:
             weight = part_weight(program, weight, [c.node], report) if weight not in done or outside else weight
         if weight not in done:
-            program.edit_weight(weight, AlongAxis(c.axis_in, lambda v: rotation.apply(v.contiguous(), -1)))
+            program.edit_weight(weight, Rotated(c.axis_in, Hadamard(weight.meta["val"].shape[c.axis_in], size)))
             done.add(weight)
     return None
+
+
+def _in_blocks(program: Program, c: Contraction, width: int) -> bool:
+    """Whether the input's channels are the weight's axis, or one of several runs of it, each for an expert."""
+    places = part_of(program, c, c.axis_in, width)
+    if places is None or isinstance(places, str):
+        return places is None
+    return bool((places.ravel() == range(c.weight.meta["val"].shape[c.axis_in])).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated(WeightEdit):
+    """A weight rotated along one axis."""
+
+    axis: int
+    rotation: Rotation
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The weight after the rotation."""
+        return self.rotation.apply(tensor, self.axis)
 
 
 def _before_moves(

@@ -83,5 +83,5 @@ def common_alpha(alphas: Alphas, products: Sequence[Contraction]) -> float | Non
     values = sorted(set(given.values()))
     if len(values) > 1:
         names = ", ".join(f"{name} {value:g}" for name, value in given.items())
-        raise RecipeError(f"pass 'smooth': rules give products that read the same channels several alphas ({names}); give one")
+        raise RecipeError(f"pass 'smooth': rules give readers of the same channels several alphas ({names}); give one")
     return values[0] if values else None

@@ -7,10 +7,13 @@ Exact. Products that read one tensor share one multiplication.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.contractions import Contraction
+from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.edits import AlongAxis
 from qcompile.ir.moves import MOVES
 from qcompile.ir.program import Program
@@ -20,12 +23,30 @@ from qcompile.spaces.apply import part_weight
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """Products that read one tensor, and the factors s of its channels, float64 ``[channels]``."""
+
+    nodes: tuple[fx.Node, ...]
+    factors: Tensor
+
+
+def insert_all(program: Program, waiting: Sequence[Waiting], report: Report) -> None:
+    """Put a multiplication in front of each group of products."""
+    products = {c.node: c for c in find_contractions(program)}
+    for item in waiting:
+        mine = [products[node] for node in item.nodes]
+        scaled = insert_factors(program, mine, item.factors, report)
+        for node in item.nodes:
+            report.rewrote(node, f"its input is multiplied by {program.key(scaled.args[1])!r} when the model runs")  # type: ignore[arg-type]
+
+
 def obstacle(product: Contraction) -> str | None:
     """Why no multiplication can be put in front of a product, or None."""
     if product.groups > 1:
         return f"it convolves {product.groups} groups of channels: no multiplication is put in front of it"
-    if not isinstance(product.input.meta["val"].shape[product.input_axis], int):
-        return "the number of its input channels is not fixed"
+    if product.input.meta["val"].shape[product.input_axis] != product.weight.meta["val"].shape[product.axis_in]:
+        return "it reads a part of a weight"
     if any("qcompile." in str(node.target) for node in (*product.path, product.input)):
         return "it is quantized already"
     return None

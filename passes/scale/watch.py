@@ -34,9 +34,8 @@ class Peaks:
 
     def see(self, rows: Tensor) -> None:
         """Take in more rows."""
-        if len(rows):
-            peak = rows.abs().amax(0).double()
-            self.value = torch.maximum(self.value, peak) if self.value.numel() else peak
+        peak = rows.abs().amax(0).double() if len(rows) else torch.zeros(rows.shape[1], dtype=torch.float64)
+        self.value = torch.maximum(self.value, peak) if self.value.numel() else peak
 
 
 class Sample:
@@ -86,7 +85,7 @@ def watch(program: Program, watched: Mapping[Watched, Collector], batches: Itera
             for axis, collector in places.get(node, ()):
                 if not bool(value.isfinite().all()):
                     where = f"{program.module_of(node)} ({node.name})"
-                    raise QCompileError(f"{where} holds nan or infinity in calibration batch {index}; mend the model first")
+                    raise QCompileError(f"{where} is nan or infinite in calibration batch {index}; mend the model")
                 collector.see(value.movedim(axis, -1).flatten(0, -2))
 
         run(program, fill(program, {"input_ids": batch}), observe)

@@ -133,17 +133,37 @@ def inspect(
         str | None,
         typer.Option(metavar="FILE", help="Look at the tensors of a .safetensors file, or of an HF directory."),
     ] = None,
+    spaces: Annotated[
+        bool, typer.Option("--spaces", help="Show the channel spaces: what may act on which channels, and what forbids more.")
+    ] = False,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "--passes",
+            "-p",
+            help="Run these first. With --spaces raise-norms runs if none are given, since a norm that is spelled out stops "
+            "every space; '' runs none.",
+        ),
+    ] = None,
+    level: Annotated[
+        str | None,
+        typer.Option(help="Only spaces that admit it: permutation, diagonal, orthogonal or linear."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for every layer's spaces, not one for all alike.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the spaces into an .svg or .html file.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a model, an artifact or a program consists of, or what a format would do to its weights.
+    """Show what a model, an artifact or a program consists of, its channel spaces, or what a format would do to it.
 
     With --spec or --weights: every float tensor of two or more axes, one in memory at a time, with its largest
     magnitude and that over its root mean square. No architecture is needed, and nothing is captured.
     """
-    from qcompile.cli.inspect import run
+    from qcompile.cli.inspect import Look, run
 
-    run(model, text, spec or [], weights, json)
+    run(model, Look(text, spaces, passes, level, every, picture), spec or [], weights, json)
 
 
 @app.command()

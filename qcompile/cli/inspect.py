@@ -2,27 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qcompile.artifact import Artifact
 from qcompile.cli.show import console, print_json, size
+from qcompile.cli.spaces import DEFAULT_PASSES
+from qcompile.cli.spaces import check as check_spaces
+from qcompile.cli.spaces import run as run_spaces
 from qcompile.cli.subject import model_path, open_subject
 from qcompile.compiled import CompiledModel
+from qcompile.driver import run_passes
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.pass_manager import op_counts
 
 
-def run(name: str | None, text: bool, specs: list[str], weights: str | None, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Look:
+    """What to show of a program, and after which passes."""
+
+    text: bool = False
+    spaces: bool = False
+    passes: str | None = None
+    level: str | None = None
+    every: bool = False
+    picture: Path | None = None
+
+    def check(self) -> None:
+        """Raises QCompileError for options that mean nothing together."""
+        given = {"--level": self.level is not None, "--all": self.every, "--picture": self.picture is not None}
+        alone = [option for option, is_given in given.items() if is_given]
+        if alone and not self.spaces:
+            raise QCompileError(f"{alone[0]} says how to show channel spaces; add --spaces")
+        if self.text and self.spaces:
+            raise QCompileError("--text prints a program and --spaces its channel spaces; keep one of them")
+        check_spaces(self.level, self.picture)
+
+
+def run(name: str | None, look: Look, specs: list[str], weights: str | None, as_json: bool) -> None:
+    look.check()
     if specs or weights is not None:
-        _weights(name, text, specs, weights, as_json)
+        if look != Look(text=look.text):
+            raise QCompileError("--spaces and --passes are about a program, --spec and --weights about tensors; keep one")
+        _weights(name, look.text, specs, weights, as_json)
         return
     subject = open_subject(model_path(name))
     if isinstance(subject, Artifact):
+        if look != Look():
+            raise QCompileError(f"{name} is an exported artifact; give the model that it was made from")
         _artifact(subject, as_json)
         return
     program = subject.program if isinstance(subject, CompiledModel) else subject
-    if text:
+    passes = look.passes if look.passes is not None else DEFAULT_PASSES if look.spaces else ""
+    if passes:
+        run_passes(program, passes)
+    if look.spaces:
+        run_spaces(program, look.level, look.every, look.picture, as_json)
+    elif look.text:
         print(program)
     elif as_json:
         print_json(_facts(program))

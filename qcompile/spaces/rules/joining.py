@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qcompile.spaces.layout import Layout, plain, product
+from qcompile.spaces.layout import Layout, plain, product, same
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import paired
 from qcompile.spaces.walk import Walk, sizes
@@ -67,7 +67,15 @@ def _side_by_side(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -
 def _tokens(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layout | list[Layout]:
     """Along tokens, the batch, the cache: the same vectors, more of them."""
     size = sizes(node)[axis]
-    first = next(layout for layout in layouts if layout.has_wires).sized(axis, size)
+    nodes = node.args[0] if isinstance(node.args[0], (list, tuple)) else ()
+    fixed = [n in walk.constants for n in nodes if not _empty(n)] if len(nodes) else []  # type: ignore[arg-type]
+    wired = [i for i, layout in enumerate(layouts) if layout.has_wires]
+    others = [layout for layout in layouts if not layout.has_wires and not layout.zero]
+    if others and fixed and all(fixed[i] for i in wired):
+        for i in wired:
+            walk.stop(layouts[i], node, "goes into values that no weight makes")
+        return plain(sizes(node))
+    first = layouts[wired[0]].sized(axis, size)
     result = walk.follow(first, node)
     for layout in layouts:
         other = layout.sized(axis, size)
@@ -118,13 +126,55 @@ def pad(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     aten.zeros.default,
     aten.zeros_like.default,
     aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
     aten.full.default,
     aten.full_like.default,
     aten.new_full.default,
     aten.scalar_tensor.default,
-    says="a constant; zero fits every space",
+    says="a constant; zero, and what is written over, fits every space",
 )
 def constant(walk: Walk, node: fx.Node) -> Layout:
     named = {aten.full.default, aten.full_like.default, aten.new_full.default}
-    zero = walk.program.arg(node, "fill_value") == 0 if node.target in named else "zeros" in str(node.target)
+    zero = walk.program.arg(node, "fill_value") == 0 if node.target in named else any(word in str(node.target) for word in ("zeros", "empty"))
     return plain(sizes(node), varies=False, zero=zero)
+
+
+@rule(aten.copy.default, says="what is written over a tensor")
+def copy(walk: Walk, node: fx.Node) -> Layout:
+    layout, shape = walk.of(node.args[1]), sizes(node)
+    while layout.rank < len(shape):
+        layout = layout.inserted(0)
+    for axis, size in enumerate(shape):
+        if not same(product(layout.axes[axis]), size):
+            layout = layout.sized(axis, size)
+    return layout
+
+
+@rule(
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    says="a part of a tensor, written over: of the channels, other wires; of the tokens, all move by the same T",
+)
+def scatter_part(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
+    base, part = walk.of(node.args[0]), walk.of(node.args[1])
+    axis = int(walk.program.arg(node, "dim")) % base.rank
+    chosen = node.target is aten.select_scatter.default
+    if chosen:
+        part = part.inserted(axis)
+    count = product(base.axes[axis])
+    if not (base.has_wires_along(axis) or part.has_wires_along(axis) or (base.zero and part.has_wires)):
+        return _tokens(walk, node, [base, part], axis) if base.has_wires or part.has_wires else plain(sizes(node))
+    bounds = [walk.program.arg(node, "index")] if chosen else [walk.program.arg(node, n) for n in ("start", "end", "step")]
+    flat, over = base.all_flat(), part.all_flat()
+    if flat is None or over is None or not isinstance(count, int) or not all(isinstance(b, int | None) for b in bounds):
+        return walk.barrier(node, "writes over a varying part of the channels")
+    places = np.arange(count)[[bounds[0]]] if chosen else np.arange(count)[slice(*bounds)]
+    shape = [max(a, b) for a, b in zip(flat.ids.shape, over.ids.shape, strict=True)]
+    shape[axis] = count
+    ids = np.array(np.broadcast_to(flat.ids, shape))
+    shape[axis] = len(places)
+    ids[tuple(places if i == axis else slice(None) for i in range(ids.ndim))] = np.broadcast_to(over.ids, shape)
+    varies = tuple(a or b or i == axis for i, (a, b) in enumerate(zip(flat.varies, over.varies, strict=True)))
+    return Layout(flat.axes, ids, varies)

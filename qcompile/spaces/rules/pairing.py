@@ -25,7 +25,7 @@ def multiplied(walk: Walk, node: fx.Node, left: Operand, right: Operand, out: li
     """The layout of the sum over all labels that `out` lacks."""
     spread = _spread(left, right, out)
     if spread is None:
-        return walk.barrier(node, "multiplies tensors whose merged axes do not line up")
+        return _apart(walk, node, left, right, "multiplies tensors whose merged axes do not line up")
     (a, b), names, places = spread
     if not left.layout.has_wires and not right.layout.has_wires:
         return plain(sizes(node))
@@ -35,9 +35,17 @@ def multiplied(walk: Walk, node: fx.Node, left: Operand, right: Operand, out: li
         return _paired(walk, node, a.ids, b.ids, summed)
     carried = [x.has_wires for x in (a, b)]
     if any(inside) or all(carried):
-        return walk.barrier(node, "multiplies channels with what no weight makes" if any(inside) else "multiplies channels")
+        reason = "multiplies channels with what no weight makes" if any(inside) else "multiplies channels"
+        return _apart(walk, node, left, right, reason)
     through, other = (a, b) if carried[0] else (b, a)
     return _through(walk, node, through, other, summed, places)
+
+
+def _apart(walk: Walk, node: fx.Node, left: Operand, right: Operand, reason: str) -> Layout:
+    """Nothing may act on either operand; the result has no wires."""
+    for operand in (left, right):
+        walk.stop(operand.layout, node, reason)
+    return plain(sizes(node))
 
 
 def _spread(left: Operand, right: Operand, out: list[str]) -> tuple[tuple[Layout, Layout], list[str], list[list[int]]] | None:

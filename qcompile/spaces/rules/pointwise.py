@@ -108,14 +108,19 @@ def add(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     first, second = node.args[:2]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return _shift(walk, node, first if isinstance(first, fx.Node) else second)
-    return summed(walk, node, walk.of(first), walk.of(second), first in walk.constants)
+    constant = first in walk.constants, second in walk.constants
+    return summed(walk, node, walk.of(first), walk.of(second), constant)
 
 
-def summed(walk: Walk, node: fx.Node, a: Layout, b: Layout, prefer_b: bool = False) -> Layout | list[Layout]:
+def summed(
+    walk: Walk, node: fx.Node, a: Layout, b: Layout, constant: tuple[bool, bool] = (False, False)
+) -> Layout | list[Layout]:
     """Layouts of tensors that are added, element by element."""
     pair = paired(a, b)
     if pair is None:
         return walk.barrier(node, "adds tensors whose merged axes do not line up")
+    if _lost(walk, node, a, b, constant):
+        return pair.layout(np.full([1] * pair.a.ndim, -1))
     if a.zero or b.zero:
         kept = pair.b if a.zero else pair.a
         return Layout(pair.axes, kept, pair.b_varies if a.zero else pair.a_varies)
@@ -131,7 +136,7 @@ def summed(walk: Walk, node: fx.Node, a: Layout, b: Layout, prefer_b: bool = Fal
     walk.wires.together(VECTOR, pair.b, walk.wires.event(node, "sum"))
     if (pair.a < 0).any() or (pair.b < 0).any():
         return pair.layout(np.where(wide_a >= 0, wide_a, wide_b))
-    smaller = pair.b if (prefer_b or pair.b.size < pair.a.size) and pair.b.size <= pair.a.size else pair.a
+    smaller = pair.b if (constant[0] or pair.b.size < pair.a.size) and pair.b.size <= pair.a.size else pair.a
     return pair.layout(smaller)
 
 
@@ -189,6 +194,8 @@ def scaled(
     pair = paired(a, b)
     if pair is None:
         return walk.barrier(node, "multiplies tensors whose merged axes do not line up")
+    if _lost(walk, node, a, b, constant):
+        return pair.layout(np.full([1] * pair.a.ndim, -1))
     pair = _by_tokens(walk, node, pair, a, b)
     if a.zero or b.zero:
         walk.stop(a, node, "is multiplied by zero")
@@ -205,9 +212,20 @@ def scaled(
     return _gate(walk, node, pair, constant)
 
 
+def _lost(walk: Walk, node: fx.Node, a: Layout, b: Layout, constant: tuple[bool, bool]) -> bool:
+    """Whether a constant, such as frequencies times positions, goes into a value that no weight makes."""
+    for mine, other, fixed in ((a, b, constant[0]), (b, a, constant[1])):
+        if fixed and mine.has_wires and not other.has_wires and not other.zero:
+            walk.stop(mine, node, "goes into values that no weight makes")
+            return True
+    return False
+
+
 def _by_tokens(walk: Walk, node: fx.Node, pair: Pair, a: Layout, b: Layout) -> Pair:
     """Wires that differ along tokens only on one side, a table of positions, move alike for all tokens."""
     ids = [pair.a, pair.b]
+    if not a.has_wires or not b.has_wires:
+        return pair
     for k, (mine, other, layout) in enumerate(((pair.a, pair.b, b), (pair.b, pair.a, a))):
         tokens = [i for i, (m, o) in enumerate(zip(mine.shape, other.shape, strict=True)) if o == 1 < m]
         flat = [size for axis in layout.axes for size in axis]

@@ -103,7 +103,8 @@ def _at(bias: Layout, axis: int, result: Layout) -> Layout:
 
 
 def part_of(program: Program, c: Contraction, axis: int, size: Dim) -> Ids | str | None:
-    """Where along an axis of the stored weight the part that is read lies; None for the whole, else why not known."""
+    """Where along an axis of the stored weight the part that is read lies, ``[copies, size]``: several copies where one
+    of many experts is chosen when the model runs. None for the whole axis; else why it is not known."""
     width = int(c.weight.meta["val"].shape[axis])
     if size == width:
         return None
@@ -111,13 +112,20 @@ def part_of(program: Program, c: Contraction, axis: int, size: Dim) -> Ids | str
     value: Any = numbers.expand(c.weight.meta["val"].shape)
     for step in c.path:
         rest = (*step.args[1:], *step.kwargs.values())
+        if step.target is aten.index.Tensor and _picks_one_of_many(step):
+            continue  # the axis that is chosen from stays: all of its entries move alike
         if any(isinstance(a, fx.Node) for a in pytree.tree_leaves(rest)):
             return f"reads a part of {program.key(c.weight)!r} that is chosen when the model runs"
         value = value if step.target in CASTS else step.target(value, *step.args[1:], **step.kwargs)  # type: ignore[operator]
     read = [i for i in range(value.ndim) if value.shape[i] == size and _differs(value, i)]
     if len(read) != 1:
         return f"reads {program.key(c.weight)!r} in parts that are no part of one axis"
-    return np.asarray(value.movedim(read[0], -1).reshape(-1, int(size))[0].numpy())
+    return np.unique(value.movedim(read[0], -1).reshape(-1, int(size)).numpy(), axis=0)
+
+
+def _picks_one_of_many(step: fx.Node) -> bool:
+    given = [i for i in step.args[1] if i is not None]  # type: ignore[union-attr]
+    return len(given) == 1 and isinstance(given[0], fx.Node) and rank(given[0]) == 1
 
 
 def _differs(value: torch.Tensor, axis: int) -> bool:
@@ -165,7 +173,7 @@ def source(
 ) -> Layout:
     """The layout of a result that starts at one axis of a weight, or at some places of it."""
     width = int(weight.meta["val"].shape[axis])
-    ids = walk.wires.fresh(np.zeros(width if places is None else len(places), np.int64))
+    ids = walk.wires.fresh(np.zeros(width if places is None else places.shape[1], np.int64))
     whole = _whole(ids, places, width)
     walk.use(Use("source", node, whole, weight, axis))
     walk.share(weight, "source", axis, whole)

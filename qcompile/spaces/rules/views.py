@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from qcompile.spaces.layout import Layout, product, same, viewed
+from qcompile.spaces.layout import Layout, plain, product, same, viewed
 from qcompile.spaces.registry import rule
 from qcompile.spaces.walk import Walk, sizes
+from qcompile.spaces.wires import MIXING, Level
 
 aten = torch.ops.aten
 
@@ -234,3 +235,25 @@ def reorder(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
             places = np.arange(count)
             layout = layout.taken(axis, places[::-1] if shift is None else np.roll(places, shift))
     return layout or walk.barrier(node, "reorders channels by a varying number")
+
+
+@rule(
+    aten.view_as_complex.default,
+    says="pairs of channels as complex numbers: one positive factor a pair",
+)
+def view_as_complex(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
+    layout = walk.of(node.args[0]).flat(walk.of(node.args[0]).rank - 1)
+    if layout is None:
+        return walk.barrier(node, "takes pairs of channels and tokens")
+    if not layout.has_wires:
+        return plain(sizes(node))
+    walk.stop(layout, node, "turns pairs of channels", MIXING)
+    first = layout.ids[..., :1]
+    walk.wires.join(first, layout.ids, (Level.DIAGONAL,))
+    return Layout(layout.axes[:-1], first[..., 0], layout.varies[:-1])
+
+
+@rule(aten.view_as_real.default, says="complex numbers as pairs of channels")
+def view_as_real(walk: Walk, node: fx.Node) -> Layout:
+    layout = walk.of(node.args[0])
+    return layout.inserted(layout.rank, 2)

@@ -1,0 +1,7 @@
+"""Channel spaces for people: descriptions, a table, JSON, a picture."""
+
+from qcompile.spaces.show.describe import Blocks, Description, End, describe
+from qcompile.spaces.show.group import Group, grouped
+from qcompile.spaces.show.reasons import Reason
+
+__all__ = ["Blocks", "Description", "End", "Group", "Reason", "describe", "grouped"]
