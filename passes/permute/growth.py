@@ -84,5 +84,5 @@ def _runs(row: Ids, space: Space, axis: int, extra: int) -> Grown | str:
     starts = np.nonzero(row == space.wires[0])[0]
     whole = all(np.array_equal(row[s : s + space.width], space.wires) for s in starts)
     if not whole or int((row >= 0).sum()) != len(starts) * space.width:
-        return "has its channels in another order, or between others"
+        return "has its channels in another order, or in turn with others"
     return axis, Growth(len(row), tuple(map(int, starts)), space.width, extra)

@@ -101,11 +101,12 @@ class Widening:
             for user in node.users:
                 if user in self.grown or user in sinks:
                     continue
-                if user.target is operator.getitem and grown[user.args[1]] is None:
+                if user.target is operator.getitem and grown[int(user.args[1])] is None:  # type: ignore[arg-type]
                     continue  # another part of what was split
                 if user.target is aten.sym_size.int and (grown[0] is None or user.args[1] != grown[0][0]):
                     continue
-                raise Refusal(f"{user.name} reads all its channels at once ({user.target})")
+                how = "goes out of the program" if user.op == "output" else f"is read by {user.name} as a whole"
+                raise Refusal(f"{node.name} {how}")
 
     def _touched(self) -> list[fx.Node]:
         """Products and lookups whose weights grow."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -90,7 +91,7 @@ def _in_blocks(program: Program, c: Contraction, width: int) -> bool:
     places = part_of(program, c, c.axis_in, width)
     if places is None or isinstance(places, str):
         return places is None
-    return bool((places.ravel() == range(c.weight.meta["val"].shape[c.axis_in])).all())
+    return np.array_equal(places.ravel(), np.arange(c.weight.meta["val"].shape[c.axis_in]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,22 +134,23 @@ def inspect(
         typer.Option(metavar="FILE", help="Look at the tensors of a .safetensors file, or of an HF directory."),
     ] = None,
     spaces: Annotated[
-        bool, typer.Option("--spaces", help="Show the channel spaces: what may act on which channels, and what forbids more.")
+        bool,
+        typer.Option("--spaces", help="Show the channel spaces: what may act on which channels, what forbids more."),
     ] = False,
     passes: Annotated[
         str | None,
         typer.Option(
             "--passes",
             "-p",
-            help="Run these first. With --spaces raise-norms runs if none are given, since a norm that is spelled out stops "
-            "every space; '' runs none.",
+            help="Run these first. With --spaces raise-norms runs if none are given, for a norm that is spelled out "
+            "stops every space; '' runs none.",
         ),
     ] = None,
     level: Annotated[
         str | None,
         typer.Option(help="Only spaces that admit it: permutation, diagonal, orthogonal or linear."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="A row for every layer's spaces, not one for all alike.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="A row for each layer's spaces, not one for all alike.")] = False,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the spaces into an .svg or .html file.")
     ] = None,

@@ -45,7 +45,7 @@ def run(name: str | None, look: Look, specs: list[str], weights: str | None, as_
     look.check()
     if specs or weights is not None:
         if look != Look(text=look.text):
-            raise QCompileError("--spaces and --passes are about a program, --spec and --weights about tensors; keep one")
+            raise QCompileError("--spaces and --passes look at a program, --spec and --weights at tensors; keep one")
         _weights(name, look.text, specs, weights, as_json)
         return
     subject = open_subject(model_path(name))

@@ -119,7 +119,8 @@ def channel_spaces(program: Program) -> ChannelSpaces:
             layout = _apply(walk, node)
             if layout is not None:
                 walk.layouts[node] = layout
-                if node.all_input_nodes and all(n in walk.constants for n in node.all_input_nodes):
+                tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+                if tensors and all(n in walk.constants for n in tensors):
                     walk.constants.add(node)
     _ends(walk)
     _foreign(walk, skipped)

@@ -79,6 +79,10 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
     if isinstance(places, str):
         return walk.barrier(node, places)
     result = source(walk, node, c.weight, c.axis_out, c.output_axis, places)
+    if c.groups > 1 and not depthwise:
+        size = result.ids.size // c.groups
+        rows = (np.arange(result.ids.size) // size).reshape(result.ids.shape)
+        walk.rows(result, node, f"convolves {c.groups} groups of channels, each with its own weight", rows)
     if depthwise and layout.has_wires:
         _channelwise(walk, node, rows[0], result)
     bias = _bias(walk, node)

@@ -40,11 +40,6 @@ class Blocks:
     level: Level
     widths: tuple[int, ...]
 
-    @property
-    def admits(self) -> bool:
-        """Whether there is a T other than 1: a single channel can neither be mixed nor exchanged."""
-        return self.level not in MIXING or max(self.widths) > 1
-
     def __str__(self) -> str:
         name = NAMES[self.level] if self.level is not Level.LINEAR else "general linear"
         return name if len(self.widths) == 1 else f"{name}, {len(self.widths)} × {self.widths[0]}"
@@ -69,7 +64,7 @@ class Description:
     """Channels that move together, the weights they meet, what may act on them and what forbids more."""
 
     kind: str  # "stream", "heads", "query·key", "hidden", "norm", "output" or "constant"
-    blocks: tuple[Blocks, ...]  # the levels at which there are such spaces, widest group last
+    blocks: tuple[Blocks, ...]  # the levels at which there are such spaces, smallest group first
     width: int  # channels in all
     sources: tuple[End, ...]
     sinks: tuple[End, ...]
@@ -78,12 +73,12 @@ class Description:
     ties: tuple[str, ...]  # weights that something else reads too
     reasons: tuple[Reason, ...]  # against each level that is not admitted
     spaces: tuple[Space, ...] = field(repr=False, compare=False)
-    ids: Ids = field(repr=False, compare=False)  # its wires, where it meets weights
+    wires: Ids = field(repr=False, compare=False)  # where it meets weights
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """What may act on it."""
-        return tuple(b.level for b in self.blocks if b.admits)
+        return tuple(b.level for b in self.blocks)
 
     def admits(self, level: Level) -> bool:
         """Whether every T of a level may act on it, in blocks; a larger group has the smaller ones in it."""
@@ -129,38 +124,39 @@ def describe(spaces: ChannelSpaces) -> list[Description]:
         for space in spaces[level]:
             if level is Level.LINEAR and space.of_kind("norm"):
                 continue  # a norm reads it: T may be added up there, but not be undone
-            placed = [p for p in space.placements if p.use.weight is not None]
-            found[tuple(sorted({number[p.use] for p in placed}))].append(space)
-            for p in placed:
+            if space.width == 1 and level in MIXING:
+                continue  # there is nothing to mix it with
+            found[tuple(sorted({number[p.use] for p in space.placements if p.use.weight is not None}))].append(space)
+            for p in space.placements:
                 covered[p.use].append(p.positions.ravel())
-    teller = _Teller(spaces, Reasons(spaces))
+    teller = _Teller(spaces)
     result = [(key[0], teller.of_spaces(same)) for key, same in found.items()]
-    for same in _uncovered(spaces, covered):
-        result.append((number[same[0][0]], teller.of_wires(same)))
+    for same in _uncovered(spaces, covered, teller.reasons.roots[Level.PERMUTATION]):
+        meeting = [number[use] for use, _ in same if use.weight is not None]
+        if meeting:
+            result.append((meeting[0], teller.of_wires(same)))
     return [d for _, d in sorted(result, key=lambda pair: pair[0])]
 
 
-def _uncovered(spaces: ChannelSpaces, covered: dict[Use, list[Ids]]) -> list[list[tuple[Use, Ids]]]:
-    """Positions of uses that no space takes, those with common classes together."""
-    forest = spaces.wires.forests[Level.PERMUTATION]
+def _uncovered(spaces: ChannelSpaces, covered: dict[Use, list[Ids]], root: Ids) -> list[list[tuple[Use, Ids]]]:
+    """Wires of uses that no space takes, those with common classes together."""
     left: list[tuple[Use, Ids]] = []
     groups: list[int] = []
-    owner: dict[int, int] = {}  # root → place in `left` of the first use that has it
+    owner: dict[int, int] = {}  # class → its group
     for use in spaces.uses:
-        if use.weight is None:
-            continue
         free = use.ids >= 0
-        for positions in covered[use]:
+        for positions in covered.get(use, ()):
             free[positions] = False
         if not free.any():
             continue
         ids = use.ids[free]
-        roots = [int(r) for r in np.unique(forest.find(ids))]
-        group = min((owner[r] for r in roots if r in owner), default=len(left))
-        joined = {owner[r] for r in roots if r in owner} - {group}
-        owner = {r: group if g in joined else g for r, g in owner.items()} if joined else owner
-        groups = [group if g in joined else g for g in groups]
-        owner.update(dict.fromkeys(roots, group))
+        classes = np.unique(root[ids]).tolist()
+        met = {owner[c] for c in classes if c in owner}
+        group = min(met, default=len(left))
+        if len(met) > 1:
+            owner = {c: group if g in met else g for c, g in owner.items()}
+            groups = [group if g in met else g for g in groups]
+        owner.update(dict.fromkeys(classes, group))
         left.append((use, ids))
         groups.append(group)
     return [[item for item, g in zip(left, groups, strict=True) if g == group] for group in dict.fromkeys(groups)]
@@ -169,8 +165,8 @@ def _uncovered(spaces: ChannelSpaces, covered: dict[Use, list[Ids]]) -> list[lis
 class _Teller:
     """Makes descriptions; what they share is computed once."""
 
-    def __init__(self, spaces: ChannelSpaces, reasons: Reasons) -> None:
-        self.spaces, self.program, self.reasons = spaces, spaces.program, reasons
+    def __init__(self, spaces: ChannelSpaces) -> None:
+        self.spaces, self.program, self.reasons = spaces, spaces.program, Reasons(spaces)
         readers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         for use in spaces.uses:
             if use.weight is not None:
@@ -215,7 +211,7 @@ class _Teller:
         sinks = tuple(e for kind, e in ends if kind == "sink")
         others = [u for u in uses if u.weight is None]
         kind = _kind({u.kind for u in others}, blocks, sources, sinks, bool(absorbers))
-        wanted = [level for level in Level if not any(b.level is level and b.admits for b in blocks)]
+        wanted = [level for level in Level if not any(b.level is level for b in blocks)]
         return Description(
             kind,
             blocks,

@@ -19,7 +19,7 @@ from qcompile.spaces.analysis import ChannelSpaces
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.show.group import Group
 from qcompile.spaces.show.names import plain, ranges, template
-from qcompile.spaces.wires import MIXING, Ids, Level
+from qcompile.spaces.wires import Ids, Level
 
 aten = torch.ops.aten
 _BLOCK = re.compile(r"^(.*?)(?:^|(?<=\.))(\d+)(?=\.|$)")
@@ -75,10 +75,10 @@ def _rows(spaces: ChannelSpaces, groups: Sequence[Group]) -> Ids:
         table = np.full(wires.count, -1)
         for i, d in members:
             for space in d.spaces:
-                if space.level is level and (space.width > 1 or level not in MIXING):
+                if space.level is level:
                     table[space.wires] = i
             if level is Level.PERMUTATION and not d.levels:
-                table[wires.forests[level].find(d.ids[d.ids >= 0])] = i
+                table[wires.forests[level].find(d.wires[d.wires >= 0])] = i
         own = table[wires.roots(level)]
         rows = np.where(own >= 0, own, rows)
     return rows
@@ -91,7 +91,9 @@ class _Sketch:
         self.spaces, self.program, self.rows = spaces, spaces.program, rows
         self.boxes: list[Box] = []
         self.edges: list[Edge] = []
-        self.above: dict[fx.Node, dict[int, tuple[str, ...]]] = {}  # boxes that a value comes from, what stops on the way
+        self.above: dict[
+            fx.Node, dict[int, tuple[str, ...]]
+        ] = {}  # boxes that a value comes from, what stops on the way
         self.stops: dict[fx.Node, str] = {}
         for level in (Level.DIAGONAL, Level.ORTHOGONAL):
             for _, event in spaces.wires.restricted(level):
@@ -158,7 +160,11 @@ class _Sketch:
             shape = " × ".join(map(str, weight.meta["val"].shape))
             return plain(self.program.key(weight)).rpartition(".")[2], shape
         if kind == "norm":
-            gain = self.program.arg(node, "weight") if node.target in (aten.rms_norm.default, aten.layer_norm.default) else 0
+            gain = (
+                self.program.arg(node, "weight")
+                if node.target in (aten.rms_norm.default, aten.layer_norm.default)
+                else 0
+            )
             return short_name(node) + (" · γ" if isinstance(gain, fx.Node) else ""), ""
         if kind == "attention":
             return ("attention" if node.target in _SOFT else "q · k"), ""
@@ -223,7 +229,7 @@ def _once(boxes: list[Box], edges: list[Edge]) -> Drawing:
             looks.append(look)
     run_of = {key: run for run in runs for key in run}
     target = {i: layers[run_of[home[i]][0]][place[i]] if i in home else i for i in range(len(boxes))}
-    kept = sorted({i for i in target.values()})
+    kept = sorted(set(target.values()))
     new = {old: i for i, old in enumerate(kept)}
     links = {
         replace(e, start=new[target[e.start]], end=new[target[e.end]])
@@ -231,7 +237,10 @@ def _once(boxes: list[Box], edges: list[Edge]) -> Drawing:
         if _shown(home.get(e.start), home.get(e.end), run_of)
     }
     frames = [
-        (f"{plain(run[0][0] + '.').strip('.')} {ranges(n for _, n in run)}  × {len(run)}", [new[i] for i in layers[run[0]]])
+        (
+            f"{plain(run[0][0] + '.').strip('.')} {ranges(n for _, n in run)}  × {len(run)}",
+            [new[i] for i in layers[run[0]]],
+        )
         for run in runs
         if len(run) > 1
     ]
@@ -250,5 +259,3 @@ def _shown(
         return False
     leaves = start is None or run_of[start][-1] == start
     return leaves and (end is None or run_of[end][0] == end)
-
-

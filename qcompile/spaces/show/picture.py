@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from qcompile.spaces.analysis import ChannelSpaces
@@ -31,7 +32,8 @@ const all = [...document.querySelectorAll('[data-row]')];
 for (const one of all) {
   if (one.dataset.row === '-1') continue;
   one.addEventListener('mouseenter', () => {
-    for (const other of all) other.classList.toggle('dim', !other.dataset.row.split(' ').includes(one.dataset.row.split(' ')[0]));
+    const row = one.dataset.row.split(' ')[0];
+    for (const other of all) other.classList.toggle('dim', !other.dataset.row.split(' ').includes(row));
   });
   one.addEventListener('mouseleave', () => { for (const other of all) other.classList.remove('dim'); });
 }
@@ -42,10 +44,12 @@ def draw(spaces: ChannelSpaces, found: Sequence[Description], page: bool = False
     """An SVG of the program, or an HTML page that has it in it and shows one space at a time under the pointer."""
     groups = grouped(found)
     sketch = drawing(spaces, groups)
-    svg = _Svg(sketch, groups, placed([_width(b) for b in sketch.boxes], [(e.start, e.end) for e in sketch.edges])).text()
+    svg = _Svg(
+        sketch, groups, placed([_width(b) for b in sketch.boxes], [(e.start, e.end) for e in sketch.edges])
+    ).text()
     if not page:
         return svg
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>channel spaces</title></head>'
+    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>channel spaces</title></head>'
     return f'{head}<body style="margin:0">{svg}<script>{_SCRIPT}</script></body></html>\n'
 
 
@@ -91,7 +95,9 @@ class _Svg:
         """How a line shows what may act: whole for mixing, dashes for a diagonal, dots for a permutation."""
         levels = self.groups[row].first.levels if row >= 0 else ()
         mixes = Level.ORTHOGONAL in levels or Level.LINEAR in levels
-        dash = None if mixes or not levels else _DASHES[Level.DIAGONAL if Level.DIAGONAL in levels else Level.PERMUTATION]
+        dash = (
+            None if mixes or not levels else _DASHES[Level.DIAGONAL if Level.DIAGONAL in levels else Level.PERMUTATION]
+        )
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         return f'stroke="{self.colour(row)}" stroke-width="{3 if levels else 1.2}"{dashed}'
 
@@ -101,11 +107,10 @@ class _Svg:
     def _ports(self, edge: Edge) -> tuple[float, float]:
         """How far from the middle an edge leaves and arrives: in the order in which the other ends stand."""
         shifts = []
-        for end, same, other in (
-            (edge.start, [e for e in self.sketch.edges if e.start == edge.start], lambda e: e.end),
-            (edge.end, [e for e in self.sketch.edges if e.end == edge.end], lambda e: e.start),
-        ):
-            order = sorted(same, key=lambda e: (self._toward(e, end), other(e)))
+        for end in (edge.start, edge.end):
+            leaves = end == edge.start
+            same = [e for e in self.sketch.edges if (e.start if leaves else e.end) == end]
+            order = sorted(same, key=lambda e: (self._toward(e, end), e.start, e.end))
             span = min(0.6 * _width(self.sketch.boxes[end]), 22.0 * (len(order) - 1))
             shifts.append(0.0 if len(order) == 1 else span * (order.index(edge) / (len(order) - 1) - 0.5))
         return shifts[0], shifts[1]
@@ -125,14 +130,15 @@ class _Svg:
             points += [(x + MARGIN, row * PITCH + TOP - 2), (x + MARGIN, row * PITCH + TOP + HEIGHT + 2)]
         points.append((x1 + arrive, y1 - self._half(edge.end)))
         path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-        for (ax, ay), (bx, by) in zip(points, points[1:], strict=False):
+        for (ax, ay), (bx, by) in pairwise(points):
             middle = (ay + by) / 2
             path += f"C{ax:.1f} {middle:.1f} {bx:.1f} {middle:.1f} {bx:.1f} {by:.1f}"
         tip = "\n".join([self._tip(edge.row), *(f"stopped by {s}" for s in edge.stops)])
         mark = ""
         if edge.stops:
             (ax, ay), (bx, by) = points[-2], points[-1]
-            mark = f'<circle cx="{(ax + bx) / 2:.1f}" cy="{(ay + by) / 2:.1f}" r="4" fill="#fff" stroke="#b3261e" stroke-width="2"/>'
+            at = f'cx="{(ax + bx) / 2:.1f}" cy="{(ay + by) / 2:.1f}"'
+            mark = f'<circle {at} r="4" fill="#fff" stroke="#b3261e" stroke-width="2"/>'
         line = f'<path class="edge" d="{path}" {self.stroke(edge.row)}/>'
         return f'<g data-row="{edge.row}"><title>{escape(tip)}</title>{line}{mark}</g>'
 
@@ -149,7 +155,8 @@ class _Svg:
         else:
             radius = 4 if box.kind in ("product", "embedding") else HEIGHT / 2
             dash = ' stroke-dasharray="3 3"' if box.kind == "cache" else ""
-            shape = f'<rect class="box" x="{left:.1f}" y="{top:.1f}" width="{w:.1f}" height="{HEIGHT}" rx="{radius}"{fill}{dash}/>'
+            place = f'x="{left:.1f}" y="{top:.1f}" width="{w:.1f}" height="{HEIGHT}"'
+            shape = f'<rect class="box" {place} rx="{radius}"{fill}{dash}/>'
         bars = ""
         if box.kind in ("product", "embedding"):
             sides = [(top, box.before)] if box.kind == "product" else []
@@ -158,7 +165,9 @@ class _Svg:
         up = 1 if box.detail else -4
         label = f'<text x="{x:.1f}" y="{y - up:.1f}" text-anchor="middle">{escape(box.label)}</text>'
         if box.detail:
-            label += f'<text class="small" x="{x:.1f}" y="{y + 10:.1f}" text-anchor="middle">{escape(box.detail)}</text>'
+            label += (
+                f'<text class="small" x="{x:.1f}" y="{y + 10:.1f}" text-anchor="middle">{escape(box.detail)}</text>'
+            )
         return f'<g data-row="{box.behind} {box.before}"><title>{escape(tip)}</title>{shape}{bars}{label}</g>'
 
     def _frame(self, label: str, inside: list[int]) -> str:
@@ -175,7 +184,7 @@ class _Svg:
         bottom = max(c[1] for c, _ in boxes) + HEIGHT / 2 + 11
         return (
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" rx="10" '
-            f'fill="#f8f9fa" stroke="#dadce0"/><text x="{right - 10:.1f}" y="{bottom - 8:.1f}" text-anchor="end">{escape(label)}</text>'
+            f'fill="#f8f9fa" stroke="#dadce0"/><text x="{left + 12:.1f}" y="{bottom - 9:.1f}">{escape(label)}</text>'
         )
 
     def _name(self, row: int) -> str:
@@ -186,11 +195,16 @@ class _Svg:
             return "no space"
         group = self.groups[row]
         stops = limits(group.first)
-        return f"{title(group)}\nmay act: {may_act(group.first)}\n{weights(group)}" + (f"\nlimited by: {stops}" if stops else "")
+        return f"{title(group)}\nmay act: {may_act(group.first)}\n{weights(group)}" + (
+            f"\nlimited by: {stops}" if stops else ""
+        )
 
     def _legend(self, left: float) -> str:
         """Every row with its colour, then what the lines mean."""
-        lines, y = [f'<text x="{left:.0f}" y="{TOP:.0f}" font-weight="bold">spaces, and what may act on them</text>'], TOP + 26
+        lines, y = (
+            [f'<text x="{left:.0f}" y="{TOP:.0f}" font-weight="bold">spaces, and what may act on them</text>'],
+            TOP + 26,
+        )
         for row, group in enumerate(self.groups):
             where, what = title(group).split("\n")
             act = may_act(group.first).replace("\n", "; ")

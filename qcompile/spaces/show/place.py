@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 GAP, SWEEPS, _DUMMY = 26.0, 24, 8.0
 
@@ -39,7 +40,7 @@ def placed(widths: Sequence[float], edges: Sequence[tuple[int, int]]) -> Placed:
     up: dict[int, list[int]] = defaultdict(list)
     down: dict[int, list[int]] = defaultdict(list)
     for chain in chains:
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             down[a].append(b)
             up[b].append(a)
     layers: list[list[int]] = [[] for _ in range(max(rows, default=-1) + 1)]
@@ -68,7 +69,7 @@ def _order(layers: list[list[int]], up: dict[int, list[int]], down: dict[int, li
     for sweep in range(SWEEPS):
         near, step = (up, 1) if sweep % 2 == 0 else (down, -1)
         ordered = layers[::step]
-        for beside, layer in zip(ordered, ordered[1:], strict=False):
+        for beside, layer in pairwise(ordered):
             place = {node: i for i, node in enumerate(beside)}
             own = {node: i for i, node in enumerate(layer)}
             key = {n: (_mean([place[m] for m in near[n] if m in place], own[n]), own[n]) for n in layer}
@@ -100,7 +101,7 @@ def _coordinates(
                 pull = [(x[m], weights[m] * weights[n]) for m in near]
                 wanted.append(sum(p * w for p, w in pull) / sum(w for _, w in pull) if pull else x[n])
             gaps = [0.0]
-            for a, b in zip(layer, layer[1:], strict=False):
+            for a, b in pairwise(layer):
                 gaps.append(gaps[-1] + (sizes[a] + sizes[b]) / 2 + GAP)
             fitted = _isotonic([w - g for w, g in zip(wanted, gaps, strict=True)], [weights[n] for n in layer])
             for node, value, gap in zip(layer, fitted, gaps, strict=True):

@@ -40,7 +40,7 @@ class Reason:
     lift: str | None  # a pass after which it is no longer so
 
     def __str__(self) -> str:
-        known = self.why.startswith(self.operator)
+        known = self.why.split()[0] == self.operator
         return self.why if known else f"{self.operator}: {self.why}"
 
 
@@ -59,22 +59,28 @@ class Reasons:
     def _sets(self, level: Level) -> tuple[Ids, list[list[int]]]:
         """For each class the number of its set of events, and the sets; number 0 is the empty one."""
         wires, root = self.spaces.wires, self.roots[level]
-        found = [(np.unique(root[ids]), event) for ids, event in wires.restricted(level)]
+        found = [(root[ids], event) for ids, event in wires.restricted(level)]
         if level in (Level.PERMUTATION, Level.ORTHOGONAL):
             for event, limit in enumerate(wires.events):
                 if limit.reason in SPLITS:
-                    found += [(np.unique(root[ids]), event) for ids in self._near(limit.node)]
+                    found += [(root[ids], event) for ids in self._near(limit.node)]
         numbers = np.zeros(wires.count, np.int64)
         sets: list[list[int]] = [[]]
         for classes, event in found:
-            old, inverse = np.unique(numbers[classes], return_inverse=True)
+            have = numbers[classes]
+            if (have == have[:1]).all():  # nearly always
+                old, inverse = have[:1], np.zeros(len(have), np.int64)
+            else:
+                old, inverse = np.unique(have, return_inverse=True)
             for number in old:
                 sets.append([*sets[number], event])
             numbers[classes] = (len(sets) - len(old) + np.arange(len(old)))[inverse]
         return numbers, sets
 
     def _near(self, node: fx.Node) -> list[Ids]:
-        layouts = [self.spaces.layouts.get(n) for n in (node, *node.all_input_nodes)]
+        paired = {"query", "key"} if node.target is aten.scaled_dot_product_attention.default else set()
+        elsewhere = [self.spaces.program.arg(node, name) for name in paired]
+        layouts = [self.spaces.layouts.get(n) for n in (node, *node.all_input_nodes) if n not in elsewhere]
         return [layout.ids[layout.ids >= 0] for layout in layouts if isinstance(layout, Layout) and layout.has_wires]
 
     def events(self, level: Level, ids: Ids) -> list[int]:

@@ -38,7 +38,7 @@ def title(group: Group) -> str:
 
 def width(d: Description) -> str:
     """``4096``, ``4096 = 32 × 128``, and how often a weight holds each channel."""
-    blocks = max((b for b in d.blocks if b.admits), key=lambda b: len(b.widths), default=None)
+    blocks = max(d.blocks, key=lambda b: len(b.widths), default=None)
     text = str(d.width)
     if blocks is not None and len(blocks.widths) > 1 and blocks.level is not Level.DIAGONAL:
         text += f" = {len(blocks.widths)} × {blocks.widths[0]}" if len(set(blocks.widths)) == 1 else " in parts"
@@ -48,7 +48,7 @@ def width(d: Description) -> str:
 
 def may_act(d: Description) -> str:
     """The largest groups that may act: of those within each other, the largest."""
-    have = {b.level: b for b in d.blocks if b.admits}
+    have = {b.level: b for b in d.blocks}
     if Level.LINEAR in have:
         return str(have[Level.LINEAR])
     larger = [have[level] for level in (Level.ORTHOGONAL, Level.DIAGONAL) if level in have]
