@@ -72,7 +72,7 @@ def _unfit(spaces: ChannelSpaces, norms: list[fx.Node], found: list[Space]) -> s
     if not found:
         ids = [u.ids for u in spaces.uses if u.node in norms and u.kind == "norm"]
         limits = [limit for i in ids for limit in spaces.limits(Level.LINEAR, i)]
-        return "; ".join(dict.fromkeys(map(str, limits))) or "what it reads is no space of its own with weights for sources"
+        return "; ".join(dict.fromkeys(map(str, limits))) or "what it reads is no space with weights for sources"
     for p in (p for space in found for p in space.placements):
         if p.use.kind == "norm" and p.node.target is not aten.layer_norm.default:
             return f"{p.node.name} reads the stream too and takes no mean off it"

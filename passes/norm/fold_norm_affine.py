@@ -149,7 +149,7 @@ def _add_to_bias(program: Program, c: Contraction, shift: Tensor, positions: obj
     names = {a.name for a in c.node.target._schema.arguments}  # type: ignore[union-attr]
     name = "bias" if "bias" in names else "self" if c.op == "addmm" else None
     held = program.arg(c.node, name) if name is not None else None
-    if program.is_weight(held) and len(held.users) == 1:
+    if isinstance(held, fx.Node) and program.is_weight(held) and len(held.users) == 1:
         old = program.weight(held)
         program.set_weight(held, (old.double() + extra).to(old.dtype))
         return

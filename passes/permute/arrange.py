@@ -92,16 +92,30 @@ def _made_by_products(space: Space) -> bool:
 def _left_alone(spaces: ChannelSpaces, reached: set[fx.Node], report: Report) -> None:
     """Products whose input keeps its order, and the operator that forbids another."""
     for product in find_contractions(spaces.program):
-        layout = spaces.layouts.get(product.input)
         if product.node in reached:
             continue
-        if not isinstance(layout, Layout) or not layout.has_wires:
+        behind = _behind(spaces, product.input)
+        limits = [limit for layout in behind for limit in spaces.all_limits(Level.PERMUTATION, layout.ids)]
+        if limits:
+            report.skip(product.node, "; ".join(dict.fromkeys(map(str, limits[:3]))))
+        elif behind:
+            report.skip(product.node, "each channel that it reads moves with others of its own")
+        else:
             report.skip(product.node, "reads no channels that a weight makes")
+
+
+def _behind(spaces: ChannelSpaces, node: fx.Node) -> list[Layout]:
+    """The channels that a node holds; where it has none, those nearest to it among what it is computed from."""
+    found: list[Layout] = []
+    seen, waiting = {node}, [node]
+    while waiting:
+        layout = spaces.layouts.get(here := waiting.pop())
+        if isinstance(layout, Layout) and layout.has_wires:
+            found.append(layout)
             continue
-        limits = spaces.all_limits(Level.PERMUTATION, layout.ids)[:3]
-        report.skip(
-            product.node, "; ".join(map(str, limits)) or "the channels it reads each move with others of their own"
-        )
+        waiting += [n for n in here.all_input_nodes if n not in seen]
+        seen |= set(here.all_input_nodes)
+    return found
 
 
 def channels(values: Tensor, sink: Placement, copies: Literal["max", "sum"]) -> Tensor:

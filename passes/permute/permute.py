@@ -21,6 +21,8 @@ from qcompile.passes.permute.arrange import Arrange, Arrangement, arrange, chann
 from qcompile.passes.permute.kinds import Kind
 from qcompile.spaces import Placement, channel_spaces
 
+_ROWS = 1024  # of a weight that are looked at together
+
 
 @register
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ class Permute(Pass):
         report = Report()
 
         def score(sink: Placement) -> Tensor:
-            columns = weight_columns(program, sink)
+            parts = weight_columns(program, sink).split(_ROWS)
             if self.score == "range":
-                return channels(columns.abs().amax(0), sink, "max")
-            return channels(torch.linalg.vector_norm(columns, dim=0, dtype=torch.float64).square(), sink, "sum")
+                return channels(torch.stack([part.abs().amax(0) for part in parts]).amax(0), sink, "max")
+            return channels(torch.stack([part.double().square().sum(0) for part in parts]).sum(0), sink, "sum")
 
         def combine(scores: list[Tensor]) -> Tensor:
             stacked = torch.stack(scores)

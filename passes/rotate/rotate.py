@@ -20,10 +20,12 @@ from torch import fx
 
 from qcompile.hadamard.construct import HadamardError
 from qcompile.hadamard.rotation import Hadamard, RandomOrthogonal, Rotation
+from qcompile.ir.contractions import Contraction, find_contractions, roles
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
-from qcompile.passes.rotate.online import rotate_inputs, rotate_scores
-from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
+from qcompile.passes.rotate.inputs import rotate_inputs
+from qcompile.passes.rotate.scores import rotate_scores
+from qcompile.spaces import ChannelSpaces, Level, channel_spaces
 from qcompile.spaces.apply import Edits
 
 
@@ -79,7 +81,7 @@ class Rotate(Pass):
             counts["R3"] = rotate_scores(program, self.block, report)
         if self.orphans:
             fixed = {p.node for s in spaces[Level.ORTHOGONAL] if s.width > 1 for p in s.sinks}
-            counts["R4"] = rotate_inputs(program, self.block, report, lambda node: node not in fixed)
+            counts["R4"] = rotate_inputs(program, online_products(program, report, fixed), self.block, report)
         report.measure("rotations", {k: float(v) for k, v in counts.items()})
         return report
 
@@ -101,6 +103,16 @@ class Rotate(Pass):
                 report.skip(use.node, reasons)
 
 
-def sink_nodes(space: Space) -> list[fx.Node]:
-    """The products that read a space."""
-    return [p.node for p in space.sinks]
+def online_products(program: Program, report: Report, fixed: set[fx.Node]) -> list[Contraction]:
+    """Products whose inputs are worth a transform: linear layers and experts that are not in `fixed`."""
+    contractions = find_contractions(program)
+    kinds = roles(program, contractions)
+    found = []
+    for c in contractions:
+        if c.node in fixed:
+            continue
+        if kinds[c.node] in ("head", "router", "convolution"):
+            report.skip(c.node, f"a {kinds[c.node]}: its input is not rotated online")
+        else:
+            found.append(c)
+    return found

@@ -19,7 +19,13 @@ aten = torch.ops.aten
 
 Measure = Literal["absmax", "rms"]
 
-_GAINED = (aten.rms_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default)
+_GAINED = (
+    aten.rms_norm.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.batch_norm.default,
+    aten._native_batch_norm_legit_no_training.default,
+)
 
 
 @dataclass(frozen=True, eq=False)

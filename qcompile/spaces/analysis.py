@@ -1,4 +1,4 @@
-"""`ChannelSpaces`: which transformations a program admits, on which channels, and what limits them (docs/channel_spaces.md)."""
+"""`ChannelSpaces`: which transformations a program admits, on which channels, and what limits them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class ChannelSpaces:
         use = next((u for u in self.uses if u.node is node and u.kind == kind), None)
         if use is None:
             return None
-        return next((s for s in self[level] if any(p.use is use and p.positions.size == use.ids.size for p in s.placements)), None)
+        return next(
+            (s for s in self[level] if any(p.use is use and p.positions.size == use.ids.size for p in s.placements)),
+            None,
+        )
 
     def spaces_of(self, node: fx.Node, kind: str, level: Level) -> list[Space] | None:
         """The spaces that all uses of a kind at `node` belong to, each whole; None where some channel is in none."""

@@ -2,8 +2,8 @@
 
     source: W ← T·W along its axis        sink: W ← W·T⁻¹
 
-Effects are gathered first and written by `Edits.commit`, one edit an axis of a weight. A weight that is read twice, such
-as an embedding that is the head too, is edited once where both readers want the same, and parted where they do not.
+Effects are gathered first and written by `Edits.commit`, one edit an axis of a weight. A weight that is read twice, as
+an embedding that is the head too, is edited once where both readers want the same, and parted where they do not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from qcompile.hadamard.rotation import Rotation
 from qcompile.ir.edits import WeightEdit
+from qcompile.ir.moves import MOVES
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces.analysis import ChannelSpaces
@@ -47,13 +48,18 @@ class Effect:
         if self.kind == "scale":
             return tensor * self._factors(tensor, axis)
         count = self.positions.size
-        if count == tensor.shape[axis] and len(self.positions) == 1 and np.array_equal(self.positions[0], np.arange(count)):
+        if (
+            count == tensor.shape[axis]
+            and len(self.positions) == 1
+            and np.array_equal(self.positions[0], np.arange(count))
+        ):
             return self._part(tensor, axis)
         index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
         copies, width = self.positions.shape
-        part = tensor.index_select(axis, index).unflatten(axis, (copies, width))
-        part = self._part(part, axis % tensor.ndim + 1).flatten(axis % tensor.ndim, axis % tensor.ndim + 1)
-        return tensor.index_copy(axis, index, part)
+        axis %= tensor.ndim
+        split = [*tensor.shape[:axis], copies, width, *tensor.shape[axis + 1 :]]
+        part = self._part(tensor.index_select(axis, index).reshape(split), axis + 1)
+        return tensor.index_copy(axis, index, part.flatten(axis, axis + 1))
 
     def _part(self, part: Tensor, axis: int) -> Tensor:
         if self.kind == "rotate":
@@ -157,8 +163,8 @@ class Edits:
                     groups.append([node])
                 else:
                     group.append(node)
-            for index, same in enumerate(groups):
-                own = weight if index == 0 else part_weight(self.program, weight, same, self.report)
+            copies = [part_weight(self.program, weight, same, self.report) for same in groups[1:]]  # before any edit
+            for own, same in zip([weight, *copies], groups, strict=True):
                 self._write(own, [use for node in same for use in nodes[node]])
         self.pending.clear()
 
@@ -221,17 +227,25 @@ def part_weight(program: Program, weight: fx.Node, readers: list[fx.Node], repor
 
 def _reread(program: Program, node: fx.Node, moved: dict[fx.Node, fx.Node]) -> None:
     """Let a reader, and the moves between, read the copy."""
-    for argument in list(node.all_input_nodes):
-        if argument in moved:
-            continue
-        if any(source in moved for source in argument.all_input_nodes) and argument.op == "call_function":
-            copy = program.call(
-                argument.target,  # type: ignore[arg-type]
-                fx.map_arg(argument.args, lambda n: moved.get(n, n)),
-                fx.map_arg(argument.kwargs, lambda n: moved.get(n, n)),
-                before=node,
-                module=program.module_of(argument),
-            )
+    for argument in node.all_input_nodes:
+        if argument not in moved and _from_any(argument, moved):
+            args, kwargs = (fx.map_arg(a, lambda n: n) for a in (argument.args, argument.kwargs))
+            copy = program.call(argument.target, args, kwargs, before=node, module=program.module_of(argument))  # type: ignore[arg-type]
+            _reread(program, copy, moved)
             moved[argument] = copy
     node.args = fx.map_arg(node.args, lambda n: moved.get(n, n))
     node.kwargs = fx.map_arg(node.kwargs, lambda n: moved.get(n, n))
+
+
+def _from_any(node: fx.Node, weights: dict[fx.Node, fx.Node]) -> bool:
+    """Whether moves alone lead from one of `weights` to a node."""
+    source = moved_from(node)
+    while source is not None and source not in weights:
+        source = moved_from(source)
+    return source is not None
+
+
+def moved_from(node: fx.Node) -> fx.Node | None:
+    """The node whose elements a move takes; None where `node` computes."""
+    source = node.args[0] if node.op == "call_function" and node.target in MOVES else None
+    return source if isinstance(source, fx.Node) else None

@@ -1,7 +1,7 @@
 """`Layout`: which wire stands where in a tensor, and how that moves through views.
 
-Each axis of a tensor is a product of *atoms*: an axis that a view merged from ``[batch, heads]`` keeps both, so that the
-next view can take it apart again. Along an atom, wires either vary or do not (tokens, the batch). A tensor without
+Each axis of a tensor is a product of *atoms*: an axis that a view merged from ``[batch, heads]`` keeps both, so that
+the next view can take it apart again. Along an atom, wires either vary or do not (tokens, the batch). A tensor without
 wires, such as a mask, has a layout too: where it varies is where it treats elements of others differently.
 """
 

@@ -87,7 +87,9 @@ def placed(use: Use, wires: Ids, roots: Ids, instance: Ids, sign: NDArray[np.int
     order = np.lexsort((slot, turn, vector))
     slot, positions, turn = slot[order], positions[order], turn[order]
     width = len(wires)
-    if len(slot) % width or not np.array_equal(slot.reshape(-1, width), np.broadcast_to(np.arange(width), (len(slot) // width, width))):
+    if len(slot) % width or not np.array_equal(
+        slot.reshape(-1, width), np.broadcast_to(np.arange(width), (len(slot) // width, width))
+    ):
         return None
     places = positions.reshape(-1, width)
     if turn.any() and not _shifted(places):

@@ -66,7 +66,9 @@ class Walk:
     obstacles: dict[fx.Node, str] = field(default_factory=dict)
     matrices: set[fx.Node] = field(default_factory=set)  # weights of products and lookups, and what is moved from them
     constants: set[fx.Node] = field(default_factory=set)  # nodes whose wires come from a weight alone
-    shared: dict[tuple[fx.Node, str, int], Ids] = field(default_factory=dict)  # wires of a weight's axis, by its first use
+    shared: dict[tuple[fx.Node, str, int], Ids] = field(
+        default_factory=dict
+    )  # wires of a weight's axis, by its first use
 
     def __post_init__(self) -> None:
         for found in survey(self.program):
@@ -76,7 +78,8 @@ class Walk:
                 self.embeddings[found.node] = found
             elif isinstance(found, Obstacle):
                 self.obstacles[found.node] = found.reason
-        for product in (*self.contractions.values(), *self.embeddings.values()):
+        found_products: list[Contraction | Embedding] = [*self.contractions.values(), *self.embeddings.values()]
+        for product in found_products:
             self.matrices |= {product.weight, *product.path}
 
     # ------------------------------------------------------------------ reading
@@ -134,7 +137,7 @@ class Walk:
         return no_wires(node)
 
     def follow(self, layout: Layout, node: fx.Node) -> Layout:
-        """New wires that move as those of `layout` do: the values are others, at other positions or summed over them."""
+        """New wires that move as those of `layout` do: other values, from other positions or summed over them."""
         if not layout.has_wires:
             return layout
         old = layout.ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ def equalize_chain(matrices: Sequence[Matrix], rounds: int) -> list[list[list[fl
     """Pairs of neighbours in turn, `rounds` times over: the matrices of a chain afterwards."""
     chain = [[list(row) for row in matrix] for matrix in matrices]
     for _ in range(rounds):
-        for first, second in zip(chain, chain[1:], strict=False):
+        for first, second in itertools.pairwise(chain):
             for i, s in enumerate(equalize(first, second)):
                 first[i] = [w / s for w in first[i]]
                 for row in second:

@@ -1,5 +1,10 @@
 """One module a family of operators; importing this package fills the table."""
 
-from qcompile.spaces.rules import attention, indexing, joining, norms, pointwise, products, reductions, views
-
-__all__ = ["attention", "indexing", "joining", "norms", "pointwise", "products", "reductions", "views"]
+import qcompile.spaces.rules.attention
+import qcompile.spaces.rules.indexing
+import qcompile.spaces.rules.joining
+import qcompile.spaces.rules.norms
+import qcompile.spaces.rules.pointwise
+import qcompile.spaces.rules.products
+import qcompile.spaces.rules.reductions
+import qcompile.spaces.rules.views  # noqa: F401

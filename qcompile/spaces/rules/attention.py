@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 @rule(
     aten.scaled_dot_product_attention.default,
-    says="v's channels pass to the output, head by head, and all query heads of a group share one T; q and k are paired:"
-    " T and T⁻ᵀ",
+    says="v's channels pass to the output, head by head, and all query heads of a group share one T; q and k are"
+    " paired: T and T⁻ᵀ",
 )
 def attention(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     query, key, value = (walk.of(walk.program.arg(node, name)) for name in ("query", "key", "value"))
@@ -30,12 +30,16 @@ def attention(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     if walk.program.arg(node, "enable_gqa"):
         key, value = (_shared(x, heads, int(product(query.axes[heads]))) for x in (key, value))
     batch = [f"b{i}" for i in range(query.rank - 2)]
-    scores = multiplied(walk, node, Operand(query, [*batch, "q", "d"]), Operand(key, [*batch, "t", "d"]), [*batch, "q", "t"])
+    scores = multiplied(
+        walk, node, Operand(query, [*batch, "q", "d"]), Operand(key, [*batch, "t", "d"]), [*batch, "q", "t"]
+    )
     if isinstance(scores, list):
         return scores
     shape = sizes(node)
     weights = plain([*shape[:-1], sizes(walk.program.arg(node, "key"))[-2]])
-    result = multiplied(walk, node, Operand(weights, [*batch, "q", "t"]), Operand(value, [*batch, "t", "e"]), [*batch, "q", "e"])
+    result = multiplied(
+        walk, node, Operand(weights, [*batch, "q", "t"]), Operand(value, [*batch, "t", "e"]), [*batch, "q", "e"]
+    )
     return result
 
 

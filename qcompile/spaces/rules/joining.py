@@ -22,7 +22,7 @@ aten = torch.ops.aten
     says="along the channels: one vector after the other, each with its own T; along tokens: all move by the same T",
 )
 def cat(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
-    tensors = [n for n in node.args[0] if not _empty(n)]  # type: ignore[union-attr]
+    tensors = [n for n in walk.program.arg(node, "tensors") if not _empty(n)]
     axis = int(walk.program.arg(node, "dim")) % len(sizes(node))
     return _joined(walk, node, [walk.of(n) for n in tensors], axis)
 
@@ -30,7 +30,7 @@ def cat(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 @rule(aten.stack.default, says="as cat, along a new axis")
 def stack(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     axis = int(walk.program.arg(node, "dim")) % len(sizes(node))
-    return _joined(walk, node, [walk.of(n).inserted(axis) for n in node.args[0]], axis)  # type: ignore[union-attr,arg-type]
+    return _joined(walk, node, [walk.of(n).inserted(axis) for n in walk.program.arg(node, "tensors")], axis)
 
 
 def _empty(node: fx.Node) -> bool:
@@ -94,7 +94,9 @@ def _tokens(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layo
     return result.sized(axis, size)
 
 
-@rule(aten.constant_pad_nd.default, aten.pad.default, says="zeros beside tokens: whole vectors; beside channels: no wires")
+@rule(
+    aten.constant_pad_nd.default, aten.pad.default, says="zeros beside tokens: whole vectors; beside channels: no wires"
+)
 def pad(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout, amounts = walk.of(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
     if node.target is aten.pad.default and walk.program.arg(node, "mode") != "constant":
@@ -137,7 +139,11 @@ def pad(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 )
 def constant(walk: Walk, node: fx.Node) -> Layout:
     named = {aten.full.default, aten.full_like.default, aten.new_full.default}
-    zero = walk.program.arg(node, "fill_value") == 0 if node.target in named else any(word in str(node.target) for word in ("zeros", "empty"))
+    zero = (
+        walk.program.arg(node, "fill_value") == 0
+        if node.target in named
+        else any(word in str(node.target) for word in ("zeros", "empty"))
+    )
     return plain(sizes(node), varies=False, zero=zero)
 
 
@@ -166,7 +172,9 @@ def scatter_part(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     count = product(base.axes[axis])
     if not (base.has_wires_along(axis) or part.has_wires_along(axis) or (base.zero and part.has_wires)):
         return _tokens(walk, node, [base, part], axis) if base.has_wires or part.has_wires else plain(sizes(node))
-    bounds = [walk.program.arg(node, "index")] if chosen else [walk.program.arg(node, n) for n in ("start", "end", "step")]
+    bounds = (
+        [walk.program.arg(node, "index")] if chosen else [walk.program.arg(node, n) for n in ("start", "end", "step")]
+    )
     flat, over = base.all_flat(), part.all_flat()
     if flat is None or over is None or not isinstance(count, int) or not all(isinstance(b, int | None) for b in bounds):
         return walk.barrier(node, "writes over a varying part of the channels")

@@ -20,8 +20,8 @@ aten = torch.ops.aten
 
 @rule(
     aten.rms_norm.default,
-    says="without a gain: orthogonal T pass (the length is kept, eps is untouched); with one: permutations on its input, and"
-    " diagonals start at the gain",
+    says="without a gain: orthogonal T pass (the length is kept, eps is untouched); with one: permutations on its"
+    " input, and diagonals start at the gain",
 )
 def rms_norm(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     return _normalised(walk, node, centred=False)
@@ -106,7 +106,7 @@ def _per_channel(walk: Walk, node: fx.Node, layout: Layout, rows: Any) -> Layout
         wide = _on_channels(walk.of(vector), result)
         combine = scaled if name == "weight" else summed
         if name.startswith("running"):
-            walk.wires.join(*np.broadcast_arrays(result.ids, wide.ids), (Level.PERMUTATION,))
+            walk.wires.join(result.ids, wide.ids, (Level.PERMUTATION,))
             walk.stop(wide, node, "is a statistic of a channel", (Level.DIAGONAL, *VECTOR))
         else:
             result = combine(walk, node, result, wide)

@@ -10,7 +10,7 @@ from torch import fx
 from qcompile.ir.types import Dim
 from qcompile.spaces.layout import Axis, Layout, plain
 from qcompile.spaces.walk import Kind, Use, Walk, sizes
-from qcompile.spaces.wires import MIXING, VECTOR, Ids, Level
+from qcompile.spaces.wires import EVERY, VECTOR, Ids, Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,9 @@ def _apart(walk: Walk, node: fx.Node, left: Operand, right: Operand, reason: str
     return plain(sizes(node))
 
 
-def _spread(left: Operand, right: Operand, out: list[str]) -> tuple[tuple[Layout, Layout], list[str], list[list[int]]] | None:
+def _spread(
+    left: Operand, right: Operand, out: list[str]
+) -> tuple[tuple[Layout, Layout], list[str], list[list[int]]] | None:
     """Both operands over one list of atoms, the label of each atom, and the atoms of each axis of the result."""
     order = list(dict.fromkeys([*out, *left.labels, *right.labels]))
     atoms: dict[str, int] = {}
@@ -115,8 +117,8 @@ def _paired(walk: Walk, node: fx.Node, a: Ids, b: Ids, summed: list[int]) -> Lay
     walk.wires.limit((Level.LINEAR,), a, event)
     walk.wires.limit((Level.LINEAR,), b, event)
     odd = walk.wires.event(node, "pairs channels with what no weight makes")
-    walk.wires.limit(MIXING + (Level.DIAGONAL,), np.where(b < 0, a, -1), odd)
-    walk.wires.limit(MIXING + (Level.DIAGONAL,), np.where(a < 0, b, -1), odd)
+    walk.wires.limit(EVERY, np.where(b < 0, a, -1), odd)
+    walk.wires.limit(EVERY, np.where(a < 0, b, -1), odd)
     both = (Level.PERMUTATION, Level.ORTHOGONAL)
     walk.wires.together(both, a, event, rows)
     walk.wires.together(both, b, odd, rows)

@@ -92,7 +92,7 @@ def relu(walk: Walk, node: fx.Node) -> Layout:
 
 
 @rule(aten.clamp_min.default, says="max(x, 0) is relu; any other bound is a function of each element")
-def clamp_min(walk: Walk, node: fx.Node) -> Layout:
+def clamp_min(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     return relu(walk, node) if walk.program.arg(node, "min") == 0 else nonlinear(walk, node)
 
 
@@ -171,9 +171,9 @@ def _shift(walk: Walk, node: fx.Node, tensor: Any) -> Layout:
     aten.mul.Scalar,
     aten.div.Tensor,
     aten.div.Scalar,
-    says="x · number, x · a factor per token: everything passes; x · γ: T = diag(d) moves to γ, permutations act on both;"
-    " x · y: a diagonal on one factor passes to the product, permutations act on both; x · a table that differs along the"
-    " channels (a rotary embedding): diagonals pass",
+    says="x · number, x · a factor per token: everything passes; x · γ: T = diag(d) moves to γ, permutations act on"
+    " both; x · y: a diagonal on one factor passes to the product, permutations act on both; x · a table that differs"
+    " along the channels (a rotary embedding): diagonals pass",
 )
 def multiply(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     first, second = node.args[:2]
@@ -283,7 +283,7 @@ def where(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
             assert isinstance(layout, Layout)
             parts.append(layout)
         else:
-            parts.append(plain([1] * condition.rank, zero=side == 0))
+            parts.append(plain([1] * condition.rank, zero=bool(side == 0)))
     return summed(walk, node, parts[0], parts[1])
 
 
@@ -303,4 +303,3 @@ def masked_fill(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 
 def _name(node: fx.Node) -> str:
     return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
-

@@ -13,7 +13,7 @@ from qcompile.ir.contractions import Contraction
 from qcompile.ir.moves import rank
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim
-from qcompile.spaces.layout import Layout, along, plain
+from qcompile.spaces.layout import Layout, along
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.indexing import wires_along
 from qcompile.spaces.rules.pairing import Operand, multiplied
@@ -28,7 +28,10 @@ _QUANTIZED = {
     torch.ops.qcompile.dequantize.default,
     torch.ops.qcompile.choose_qparams.default,
 }
-_ADDS = {aten.addmm.default: "self", aten.baddbmm.default: "self"}  # what other products call their bias
+_ADDS: dict[Any, str] = {
+    aten.addmm.default: "self",
+    aten.baddbmm.default: "self",
+}  # what other products call their bias
 
 
 PRODUCTS = (
@@ -44,11 +47,13 @@ CONVOLUTIONS = (
 
 @rule(
     *PRODUCTS,
-    says="x · W: x's space ends in a sink (W ← W·T⁻¹) and a new one starts at a source (W ← T·W, b ← T·b), any T; a stack"
-    " of experts shares one T. x · y of activations, summed over tokens: y's channels pass; summed over channels: x and y are"
-    " paired, T and T⁻ᵀ",
+    says="x · W: x's space ends in a sink (W ← W·T⁻¹) and a new one starts at a source (W ← T·W, b ← T·b), any T; a"
+    " stack of experts shares one T. x · y of activations, summed over tokens: y's channels pass; summed over channels:"
+    " x and y are paired, T and T⁻ᵀ",
 )
-@rule(*CONVOLUTIONS, says="a linear on its channel axis; channel by channel (depthwise): diagonals and permutations pass")
+@rule(
+    *CONVOLUTIONS, says="a linear on its channel axis; channel by channel (depthwise): diagonals and permutations pass"
+)
 def contract(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     found = walk.contractions.get(node)
     if found is not None:
@@ -92,7 +97,7 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
 def _bias(walk: Walk, node: fx.Node) -> fx.Node | None:
     """What a product adds."""
     names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    name = _ADDS.get(node.target, "bias" if "bias" in names else "")  # type: ignore[arg-type]
+    name = _ADDS.get(node.target, "bias" if "bias" in names else "")
     bias = walk.program.arg(node, name) if name else None
     return bias if isinstance(bias, fx.Node) else None
 
@@ -151,7 +156,9 @@ def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool,
     if (rows < 0).any() and (rows >= 0).any():
         event = walk.wires.event(node, "reads channels beside values that no weight makes")
         some = (rows >= 0).any(0)
-        walk.wires.limit((Level.PERMUTATION, Level.DIAGONAL, *VECTOR), np.where(rows.min(0) < 0, rows, -1)[:, some], event)
+        walk.wires.limit(
+            (Level.PERMUTATION, Level.DIAGONAL, *VECTOR), np.where(rows.min(0) < 0, rows, -1)[:, some], event
+        )
     if len(rows) > 1:
         walk.wires.join(rows[:1], rows[1:])
         walk.wires.together(VECTOR, rows, walk.wires.event(node, "rows of one weight"), np.arange(len(rows))[:, None])

@@ -70,10 +70,7 @@ def _over_channels(walk: Walk, node: fx.Node, layout: Layout, axes: list[int]) -
 def largest(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout = walk.of(node.args[0])
     shape = sizes(node)
-    if "pool" in str(node.target):
-        axes = [layout.rank - 2, layout.rank - 1]
-    else:
-        axes = _axes(walk, node, layout.rank)
+    axes = _axes(walk, node, layout.rank)
     if len(shape) != layout.rank or any(layout.has_wires_along(axis) for axis in axes):
         return walk.barrier(node, "takes the largest of several channels")
     walk.stop(layout, node, "takes the largest over tokens", (Level.DIAGONAL, *VECTOR))
@@ -97,5 +94,7 @@ def softmax(walk: Walk, node: fx.Node) -> Layout:
         if layout.has_wires_along(axis):
             walk.rows(layout, node, "softmax over channels", rows, (Level.PERMUTATION,))
         walk.stop(layout, node, "softmax", (Level.DIAGONAL, *VECTOR))
-    varies = tuple(v or (i in layout.atoms(axis) and product(layout.axes[axis]) != 1) for i, v in enumerate(layout.varies))
+    varies = tuple(
+        v or (i in layout.atoms(axis) and product(layout.axes[axis]) != 1) for i, v in enumerate(layout.varies)
+    )
     return Layout(layout.axes, np.asarray(layout.ids), varies)

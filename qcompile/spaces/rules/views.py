@@ -56,8 +56,8 @@ def _order(walk: Walk, node: fx.Node, rank: int) -> list[int]:
         source, target = (int(walk.program.arg(node, name)) % rank for name in ("source", "destination"))
         order.insert(target, order.pop(source))
         return order
-    first, second = (-2, -1) if node.target is aten.mT.default else node.args[1:3]
-    first, second = int(first) % rank, int(second) % rank  # type: ignore[call-overload]
+    dims = (-2, -1) if node.target is aten.mT.default else [walk.program.arg(node, name) for name in ("dim0", "dim1")]
+    first, second = (int(d) % rank for d in dims)
     order[first], order[second] = second, first
     return order
 
@@ -131,7 +131,9 @@ def _copies(layout: Layout, axis: int, index: Any) -> Layout | None:
     return None if flat is None else flat.taken(axis, index(int(product(flat.axes[axis]))))
 
 
-@rule(aten.slice.Tensor, says="a part of an axis: of the channels, the wires that are left; of the tokens, whole vectors")
+@rule(
+    aten.slice.Tensor, says="a part of an axis: of the channels, the wires that are left; of the tokens, whole vectors"
+)
 def slice_(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout = walk.of(node.args[0])
     axis = int(walk.program.arg(node, "dim")) % layout.rank
@@ -209,7 +211,8 @@ def split(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 @rule(operator.getitem, says="one of several results")
 def getitem(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     source, index = node.args
-    assert isinstance(source, fx.Node) and isinstance(index, int)
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, int)
     found = walk.layouts[source]
     return found[index] if isinstance(found, list) else found
 

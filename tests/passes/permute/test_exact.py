@@ -14,14 +14,11 @@ from qcompile.ir.run import fill
 
 FAMILIES = ["gpt2", "phi3", "gemma2", "mixtral", "falcon", "bloom", "qwen3", "mpt"]
 CENTRED = "raise-norms, fold-embedding-norm, fold-norm-affine, center-norm"
-BOTH = [
-    "raise-norms, expand(to=multiple, step=20), permute",
-    f"{CENTRED}, expand(stream=true, step=1), rotate(orphans=true), permute(stream=false, heads=false)",
-]
+ALL = f"{CENTRED}, expand(stream=true, step=1), permute, rotate(orphans=true)"
 EACH = [
     "raise-norms, permute",
     "raise-norms, permute(arrange=even, group=4, score=norm, descending=false)",
-    "raise-norms, expand(step=1)",
+    "raise-norms, expand(to=multiple, step=20)",
     f"{CENTRED}, expand(hidden=false, stream=true, step=2)",
 ]
 MINE = ("expand", "permute", "untie-embeddings")
@@ -39,12 +36,11 @@ def check(program: Program, passes: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, family: Callable[[str], Program]) -> None:
-    for passes in BOTH:
-        check(family(name), passes)
+    check(family(name), ALL)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "moe"])
-@pytest.mark.parametrize("passes", [*BOTH, *EACH])
+@pytest.mark.parametrize("passes", [ALL, *EACH])
 def test_embedded_models(name: str, passes: str, embedded: Callable[[str], Program]) -> None:
     check(embedded(name), passes)
 

@@ -55,9 +55,7 @@ def scaled(program: Program, passes: str, tokens: list[Tensor]) -> tuple[float, 
 
 @pytest.mark.parametrize("passes", [*PASSES, CHAIN])
 @pytest.mark.parametrize("name", ["llama", "opt", "moe"])
-def test_embedded_models_stay(
-    name: str, passes: str, embedded: Callable[[str], Program], tokens: list[Tensor]
-) -> None:
+def test_embedded_models_stay(name: str, passes: str, embedded: Callable[[str], Program], tokens: list[Tensor]) -> None:
     moved, reports = scaled(embedded(name), passes, tokens)
     assert moved <= 1e-10
     assert all(report.rewritten for report in reports)
@@ -97,7 +95,9 @@ def test_a_tied_head_is_untied_for_what_it_costs(embedded: Callable[[str], Progr
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_every_product_is_scaled_or_told_of(name: str, embedded: Callable[[str], Program], tokens: list[Tensor]) -> None:
+def test_every_product_is_scaled_or_told_of(
+    name: str, embedded: Callable[[str], Program], tokens: list[Tensor]
+) -> None:
     program = embedded(name) if name == "llama" else made(name).clone()
     for passes in PASSES:
         copy = program.clone()

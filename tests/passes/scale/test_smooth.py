@@ -15,6 +15,7 @@ from qcompile import run_passes
 from qcompile.drift import drift
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.ir.program import Program
+from qcompile.ir.run import fill, run
 from qcompile.pass_base import Report, parse_pass
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ aten = torch.ops.aten
 BLOCK = """\
     def main(
         input_ids: i64[batch, sequence],
-        *, table: f64[90, 6], gain: f64[6], shift: f64[6], q: f64[4, 6], k: f64[5, 6], up: f64[7, 6], b: f64[7],
+        *, table: f64[90, 6], gain: f64[6], shift: f64[6], q: f64[4, 6], k: f64[5, 6], w: f64[7, 5], b: f64[7],
         down: f64[3, 7]
     ):
         e = aten.embedding.default(table, input_ids)
@@ -33,14 +34,10 @@ BLOCK = """\
         a = aten.relu.default(u)
         y = aten.linear.default(a, down)
         return {"yq": yq, "y": y}"""
-BLOCK = BLOCK.replace("up: f64[7, 6]", "w: f64[7, 5]")
 
 
 def parse(text: str, **weights: Tensor) -> Program:
-    return Program.parse(textwrap.dedent(text), None, seed=4) if not weights else _with(text, weights)
-
-
-def _with(text: str, weights: dict[str, Tensor]) -> Program:
+    """A program whose weights are random but for those given."""
     program = Program.parse(textwrap.dedent(text), None, seed=4)
     for name, tensor in weights.items():
         node = program.weight_node(name)
@@ -51,8 +48,6 @@ def _with(text: str, weights: dict[str, Tensor]) -> Program:
 
 def value(program: Program, name: str, ids: Tensor) -> Tensor:
     """Rows of one value."""
-    from qcompile.ir.run import run
-
     seen: dict[str, Any] = {}
     run(program, {"input_ids": ids}, lambda node, result: seen.update({node.name: result}))
     return seen[name].flatten(0, -2)
@@ -89,7 +84,8 @@ def test_the_factors_are_the_papers(alpha: float, tokens: list[Tensor]) -> None:
     }
     for name, tensor in expected.items():
         torch.testing.assert_close(program.weights[name], tensor, rtol=1e-12, atol=1e-14)
-    assert len(report.rewritten) == 3 and report.skipped == []
+    assert len(report.rewritten) == 3
+    assert report.skipped == []
 
 
 def test_dead_channels_and_columns_keep_their_factor(tokens: list[Tensor]) -> None:
@@ -101,7 +97,8 @@ def test_dead_channels_and_columns_keep_their_factor(tokens: list[Tensor]) -> No
     program = parse(BLOCK, gain=gain, shift=shift, q=q, k=k)
     smoothed(program, tokens, "smooth(roles=[linear, head])")
     assert all(bool(program.weights[name].isfinite().all()) for name in program.weights)
-    assert program.weights["gain"][2] == gain[2] and program.weights["gain"][1] == 0
+    assert program.weights["gain"][2] == gain[2]
+    assert program.weights["gain"][1] == 0
     torch.testing.assert_close(program.weights["q"][:, 1], q[:, 1])
     assert 1e-5 <= float((gain[3] / program.weights["gain"][3]).abs()) <= 1e5 * (1 + 1e-9)
 
@@ -113,7 +110,8 @@ def test_what_bends_each_element_keeps_its_channels(operator: str, tokens: list[
     program = parse(BLOCK.replace("relu.default(u)", operator))
     report = smoothed(program, tokens)
     (entry,) = report.skipped
-    assert entry.where == "y" and entry.what.startswith("a: ")
+    assert entry.where == "y"
+    assert entry.what.startswith("a: ")
 
 
 def test_a_value_that_is_returned_keeps_its_channels(tokens: list[Tensor]) -> None:
@@ -126,7 +124,10 @@ def test_rules_and_roles(tokens: list[Tensor]) -> None:
     program = parse(BLOCK)
     report = smoothed(program, tokens, "smooth(rules=[{match: down, alpha: null}, {match: w, alpha: 0.9}])")
     assert [(e.where, e.what) for e in report.skipped] == [("y", "rules.0 says alpha: null")]
-    assert [e.what for e in report.rewritten] == ["alpha 0.5: 6 channels, 2 products", "alpha 0.9: 5 channels, 1 products"]
+    assert [e.what for e in report.rewritten] == [
+        "alpha 0.5: 6 channels, 2 products",
+        "alpha 0.9: 5 channels, 1 products",
+    ]
     assert torch.equal(program.weights["down"], old.weights["down"])
     half = parse(BLOCK)
     report = smoothed(half, tokens, "smooth(rules=[{match: q, alpha: null}])")  # q has no say, and is scaled along
@@ -188,7 +189,8 @@ def test_inserted_factors_are_shared_and_the_papers(tokens: list[Tensor]) -> Non
     expected = torch.tensor(diagonal_scales.smoothquant(rows, [w.tolist() for w in weights], 0.6), dtype=torch.float64)
     products = {n.name: n for n in program.nodes}
     readers = [products[name].args[0] for name in ("y2", "y3", "y4")]
-    assert len(set(readers)) == 1 and readers[0].target is aten.mul.Tensor
+    assert len(set(readers)) == 1
+    assert readers[0].target is aten.mul.Tensor
     torch.testing.assert_close(program.weight(readers[0].args[1]), 1 / expected)
     torch.testing.assert_close(program.weights["w3"], old.weights["w3"] * expected)
     torch.testing.assert_close(program.weights["w4"], old.weights["w4"] * expected[:, None])
@@ -208,35 +210,14 @@ def test_nothing_is_inserted_where_it_folds(tokens: list[Tensor]) -> None:
     assert program.calls(aten.mul.Tensor) == []
 
 
-GROUPED = """\
-    def main(
-        input_ids: i64[batch, sequence], *, table: f64[90, 8], q: f64[8, 8], k: f64[4, 8], v: f64[4, 8], o: f64[5, 8]
-    ):
-        e = aten.embedding.default(table, input_ids)
-        hq = aten.linear.default(e, q)
-        hk = aten.linear.default(e, k)
-        hv = aten.linear.default(e, v)
-        sq = aten.unflatten.int(hq, 2, [4, 2])
-        sk = aten.unflatten.int(hk, 2, [2, 2])
-        sv = aten.unflatten.int(hv, 2, [2, 2])
-        tq = aten.transpose.int(sq, 1, 2)
-        tk = aten.transpose.int(sk, 1, 2)
-        tv = aten.transpose.int(sv, 1, 2)
-        rk = aten.repeat_interleave.self_int(tk, 2, 1)
-        rv = aten.repeat_interleave.self_int(tv, 2, 1)
-        c = aten.scaled_dot_product_attention.default(tq, rk, rv)
-        t = aten.transpose.int(c, 1, 2)
-        f = aten.flatten.using_ints(t, 2, 3)
-        y = aten.linear.default(f, o)
-        return {"y": y}"""
-
-
 def test_grouped_heads_share_factors(embedded: Callable[[str], Program], tokens: list[Tensor]) -> None:
     """Values of one head go to several heads of the output projection, which have one factor for each."""
     program, old = embedded("llama"), embedded("llama")
     run_passes(program, "smooth", tokens)
     stem = "model.layers.0.self_attn"
-    norm = program.weights["model.layers.0.input_layernorm.weight"] / old.weights["model.layers.0.input_layernorm.weight"]
+    norm = (
+        program.weights["model.layers.0.input_layernorm.weight"] / old.weights["model.layers.0.input_layernorm.weight"]
+    )
     values = program.weights[f"{stem}.v_proj.weight"] / old.weights[f"{stem}.v_proj.weight"] * norm
     columns = program.weights[f"{stem}.o_proj.weight"] / old.weights[f"{stem}.o_proj.weight"]
     size = old.calls(aten.scaled_dot_product_attention.default)[0].meta["val"].shape[-1]
@@ -256,16 +237,14 @@ def test_outliers_in_activations_are_smoothed(embedded: Callable[[str], Program]
     def error(passes: str) -> float:
         program = embedded("llama")
         quantize = "insert-qdq(activations=int8 sym tensor dynamic, weights=int8 sym channel)"
-        run_passes(program, ", ".join([*passes.split("; "), quantize]), tokens)
+        run_passes(program, f"{passes}, {quantize}", tokens)
         return float((program.run(_feeds(program, tokens[0]))["logits"] - exact).norm() / exact.norm())
 
     inject = "inject-outliers(gain=100.0)"
-    without, broken, mended = error("dead-code"), error(inject), error(f"{inject}; smooth")
+    without, broken, mended = error("dead-code"), error(inject), error(f"{inject}, smooth")
     assert broken > 3 * without
     assert mended < 0.5 * broken
 
 
 def _feeds(program: Program, ids: Tensor) -> dict[str, Tensor]:
-    from qcompile.ir.run import fill
-
     return fill(program, {"input_ids": ids})

@@ -1,0 +1,59 @@
+"""Rotate queries and keys when the model runs, behind the rotary embedding.
+
+    s = q·kᵀ          ⟶      s = hadamard(q)·hadamard(k)ᵀ
+
+Exact. Keys are rotated before they go into the cache, where they are then stored with no channel that stands out.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qcompile.hadamard.construct import HadamardError, hadamard_for
+from qcompile.ir.attention import Operand, find_attention
+from qcompile.ir.program import Program
+from qcompile.pass_base import Report
+from qcompile.passes.quantize.spell_attention import let_reshape
+
+TRANSFORM = torch.ops.qcompile.hadamard.default
+
+
+def rotate_scores(program: Program, block: int | None, report: Report) -> int:
+    """Rotate queries and keys of every attention online. Returns how many attentions there are."""
+    count = 0
+    for found in find_attention(program):
+        width = found.query.source.meta["val"].shape[found.query.features]
+        places = (found.query, found.key)
+        reason = next((r for r in map(_unfit, places) if r is not None), None)
+        if reason is not None:
+            report.skip(found.context, reason)
+            continue
+        try:
+            order, size = hadamard_for(int(width), block)
+        except HadamardError as error:
+            report.skip(found.context, str(error))
+            continue
+        for operand in places:
+            _insert(program, operand, order, size)
+        let_reshape(program, found.context)
+        count += 1
+        report.rewrote(found.context, f"R3: queries and keys are rotated online, {size} features")
+    return count
+
+
+def _unfit(operand: Operand) -> str | None:
+    source = operand.source
+    if operand.features != source.meta["val"].ndim - 1:
+        return f"the features of {source.name} are not its last axis"
+    if source.target is TRANSFORM:
+        return f"{source.name} is rotated already"
+    return None
+
+
+def _insert(program: Program, operand: Operand, order: int, size: int) -> None:
+    """Rotate what an operand is moved from; other readers of it keep reading it as it was."""
+    source = operand.source
+    follower = operand.path[0] if operand.path else operand.reader
+    online = program.call(TRANSFORM, (source, order, size), after=source, module=program.module_of(operand.reader))
+    follower.replace_input_with(source, online)
+    let_reshape(program, online)
