@@ -29,7 +29,15 @@ from common import circumstances, table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # where the families live
 
-PASSES = ("raise-norms",)
+PASSES = (
+    "raise-norms",
+    "fold-embedding-norm",
+    "equalize",
+    "permute",
+    "fold-norm-affine",
+    "center-norm",
+    "rotate(qk=true, orphans=true)",
+)
 TOLERANCE, CAPTURED = 1e-10, 1e-12
 ROTATIONS = ("R1", "R2", "R3", "R4")
 PAGE = ROOT / "docs" / "coverage.md"

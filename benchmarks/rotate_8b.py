@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where there is room for two checkpoints; a temporary one by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where there is room for two checkpoints; a temporary one by default"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into results/")
     parser.add_argument("--step", nargs=3, metavar=("STEP", "FROM", "TO"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -49,8 +51,8 @@ def main() -> None:
         size = write(source, Shape(arguments.layers), filled=True)
         print(f"{size / 1e9:.1f} GB written in {time.perf_counter() - start:.0f} s", flush=True)
         runs = {}
-        for name in ("copy", "rotate"):
-            runs[name] = _step(name, source, target, arguments.threads)
+        for name in ("copy", "rotate", "copy again"):
+            runs[name] = _step(name.split()[0], source, target, arguments.threads)
             print(name, runs[name], flush=True)
             shutil.rmtree(target)
     show(runs, size, arguments.layers, arguments.threads)
@@ -94,6 +96,7 @@ def rotate(source: Path, target: Path) -> dict[str, float]:
     start = time.perf_counter()
     import qcompile
     from qcompile.capture.shards import write_store
+
     seconds = {"import": time.perf_counter() - start}
     start = time.perf_counter()
     program = qcompile.capture(source, dtype="auto")
@@ -111,7 +114,7 @@ def rotate(source: Path, target: Path) -> dict[str, float]:
 
 def show(runs: dict[str, Run], size: int, layers: int, threads: int) -> None:
     """Print the table, and with ``--write`` put it into results/."""
-    copied = json.loads(runs["copy"].output.splitlines()[-1])["stream"]
+    copied = sum(json.loads(runs[n].output.splitlines()[-1])["stream"] for n in ("copy", "copy again")) / 2
     rows: list[dict[str, object]] = []
     counts = ""
     for name, run in runs.items():
@@ -119,21 +122,23 @@ def show(runs: dict[str, Run], size: int, layers: int, threads: int) -> None:
         rows.append(
             {
                 "step": name,
-                "wall, s": f"{run.wall:.1f}",
-                "import, capture, passes, s": ", ".join(f"{parts[k]:.0f}" for k in ("import", "capture", "passes") if k in parts),
+                "wall, s": f"{run.wall:.0f}",
+                "import, capture, passes, s": ", ".join(
+                    f"{parts[k]:.0f}" for k in ("import", "capture", "passes") if k in parts
+                ),
                 "stream, s": f"{parts['stream']:.0f}",
                 "MB/s": f"{size / 1e6 / parts['stream']:.0f}",
                 "CPU, s": f"{run.cpu:.0f}",
-                "times the copy": f"{run.wall / copied:.1f}",
+                "times the copy": f"{(run.wall if name == 'rotate' else parts['stream']) / copied:.1f}",
                 "peak resident, GB": f"{run.peak / 1e9:.2f}",
                 "load": f"{parts['load']:.1f}",
             }
         )
-        counts = ", ".join(f"{int(parts[k])} {k}" for k in ("R1", "R2", "R3", "R4") if k in parts)
+        counts = counts or ", ".join(f"{int(parts[k])} {k}" for k in ("R1", "R2", "R3", "R4") if k in parts)
     notes = (
         f"{layers} layers of the 8B shape, {size / 1e9:.1f} GB in bfloat16, {threads} threads. Rotated by `{PIPELINE}`: "
         f"{counts}. Stream: every weight is read, edited and written. Load: how many processes wanted a core in the last "
-        "minute, these included. Target: the whole at most 4 times the copy, and under 3 GB."
+        "minute, these included. The copy is measured before and after, and the mean of both is what is compared with. Target: the whole at most 4 times the copy, and under 3 GB."
     )
     publish("rotate_8b", "Rotation from disk to disk", rows, notes)
 

@@ -55,7 +55,7 @@ class Permute(Pass):
         report = Report()
 
         def score(sink: Placement) -> Tensor:
-            parts = weight_columns(program, sink).split(_ROWS)
+            parts = torch.split(weight_columns(program, sink), _ROWS)
             if self.score == "range":
                 return channels(torch.stack([part.abs().amax(0) for part in parts]).amax(0), sink, "max")
             return channels(torch.stack([part.double().square().sum(0) for part in parts]).sum(0), sink, "sum")

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError
 
-PIECE_BYTES = 32 << 20
-"""Size of a piece in float32; what an edit itself allocates comes to a few times that."""
+PIECE_BYTES = 4 << 20
+"""Size of a piece in float32: one that stays in the processor's cache from edit to edit. What an edit itself allocates
+comes to a few times that."""
 
 EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Element types whose weights take edits; others hold codes."""

@@ -13,7 +13,7 @@ from qcompile.ir.state import state_pairs
 from qcompile.spaces import rules
 from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import RULES
-from qcompile.spaces.space import Placement, Space, placed
+from qcompile.spaces.space import Groups, Placement, Space, placements
 from qcompile.spaces.walk import Triple, Use, Walk, no_wires, sizes
 from qcompile.spaces.wires import EVERY, Ids, Level, Limit, Wires
 
@@ -74,42 +74,33 @@ class ChannelSpaces:
     @functools.cache  # noqa: B019
     def _spaces(self, level: Level) -> list[Space]:
         uses = [u for u in self.uses if level in u.levels]
-        if not uses:
-            return []
-        roots, signature = self.wires.roots(level), self._signatures(level)
-        free = self._limited(level) < 0
-        used = np.unique(np.concatenate([roots[u.ids[u.ids >= 0]] for u in uses]))
-        used = used[free[used]]
-        groups: dict[int, Ids] = {}
+        roots, free = self.wires.roots(level), self._limited(level) < 0
+        met = np.zeros(self.wires.count, bool)
+        for use in uses:
+            met[roots[use.ids[use.ids >= 0]]] = True
+        used = np.nonzero(met & free)[0]
         if used.size == 0:
             return []
-        order = np.argsort(signature[used], kind="stable")
-        keys, starts = np.unique(signature[used][order], return_index=True)
-        for key, members in zip(keys, np.split(used[order], starts[1:]), strict=True):
-            groups[int(key)] = members
+        groups = Groups.of(used, self._signatures(level), self.wires.count)
+        sign = None
+        if level is Level.DIAGONAL:
+            sign = self.wires.forests[level].find_signed(np.arange(self.wires.count))[1]
         found: dict[int, list[Placement] | None] = {}
-        sign = self.wires.forests[Level.DIAGONAL].find_signed(np.arange(self.wires.count))[1]
         for use in uses:
-            wired = use.ids >= 0
-            safe = np.where(wired, use.ids, 0)
-            at = np.where(wired, roots[safe], -1)
-            for key in np.unique(signature[at[(at >= 0) & free[at]]]):
-                members = groups[int(key)]
-                own = sign[safe] if sign is not None and level is Level.DIAGONAL else None
-                placement = placed(use, members, at, self.wires.instance, own)
-                have = found.setdefault(int(key), [])
+            for number, placement in placements(use, groups, roots, self.wires.instance, sign):
+                have = found.setdefault(number, [])
                 if placement is None or have is None:
-                    found[int(key)] = None
+                    found[number] = None
                 else:
                     have.append(placement)
         return [
-            Space(level, len(groups[key]), tuple(placements), groups[key])
-            for key, placements in found.items()
-            if placements is not None and any(p.use.weight is not None for p in placements)
+            Space(level, len(groups.group(number)), tuple(several), groups.group(number))
+            for number, several in found.items()
+            if several is not None and any(p.use.weight is not None for p in several)
         ]
 
     def _signatures(self, level: Level) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        return self.wires.signatures(level)
+        return self.wires.signatures(level, self._limited(level))
 
 
 def channel_spaces(program: Program) -> ChannelSpaces:

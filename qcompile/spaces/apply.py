@@ -47,19 +47,20 @@ class Effect:
         """The effect along one axis of a weight, of which these are some positions."""
         if self.kind == "scale":
             return tensor * self._factors(tensor, axis)
-        count = self.positions.size
-        if (
-            count == tensor.shape[axis]
-            and len(self.positions) == 1
-            and np.array_equal(self.positions[0], np.arange(count))
-        ):
-            return self._part(tensor, axis)
-        index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
         copies, width = self.positions.shape
         axis %= tensor.ndim
-        split = [*tensor.shape[:axis], copies, width, *tensor.shape[axis + 1 :]]
-        part = self._part(tensor.index_select(axis, index).reshape(split), axis + 1)
-        return tensor.index_copy(axis, index, part.flatten(axis, axis + 1))
+        start, count = int(self.positions.flat[0]), self.positions.size
+        if np.array_equal(self.positions.ravel(), np.arange(start, start + count)):  # one run: no copy to pick it
+            part = tensor.narrow(axis, start, count).unflatten(axis, (copies, width))
+            part = self._part(part, axis + 1).flatten(axis, axis + 1)
+            if count == tensor.shape[axis]:
+                return part
+            behind = tensor.shape[axis] - start - count
+            return torch.cat([tensor.narrow(axis, 0, start), part, tensor.narrow(axis, start + count, behind)], axis)
+        index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
+        part = tensor.index_select(axis, index).unflatten(axis, (copies, width))
+        part = self._part(part, axis + 1).flatten(axis, axis + 1)
+        return tensor.index_copy(axis, index, part)
 
     def _part(self, part: Tensor, axis: int) -> Tensor:
         if self.kind == "rotate":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import Ids, Level
+from qcompile.spaces.wires import Ids, Keys, Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,35 +70,62 @@ class Space:
         return bool(self.of_kind("state"))
 
 
-def placed(use: Use, wires: Ids, roots: Ids, instance: Ids, sign: NDArray[np.int8] | None) -> Placement | None:
-    """Where the classes `wires` (sorted) stand in a use; None where its copies of them do not line up.
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Classes that may be mixed with each other, group by group, each in ascending order."""
 
-    `roots` and `sign` are of the use's own wires. One copy of the space is wires of one vector, each class once.
+    members: Ids  # classes, one group after the other
+    starts: Ids  # where each group starts in `members`, and the end of the last
+    index: Ids  # where each wire's class is in `members`; -1 where it is in no group
+
+    @classmethod
+    def of(cls, classes: Ids, signature: Keys, count: int) -> Groups:
+        """Group `classes` (sorted) of `count` wires by their signature."""
+        keys = signature[classes]
+        order = np.argsort(keys, kind="stable")
+        members, keys = classes[order], keys[order]
+        starts = np.append(np.nonzero(np.append(True, keys[1:] != keys[:-1]))[0], len(keys))
+        index = np.full(count, -1, np.int64)
+        index[members] = np.arange(len(members))
+        return cls(members, starts, index)
+
+    def group(self, number: int) -> Ids:
+        """The classes of one group."""
+        return self.members[self.starts[number] : self.starts[number + 1]]
+
+
+def placements(
+    use: Use, groups: Groups, roots: Ids, instance: Ids, sign: NDArray[np.int8] | None
+) -> Iterator[tuple[int, Placement | None]]:
+    """Where groups stand in a use; None for one whose copies there do not line up.
+
+    `roots` and `sign` are of all wires. One copy of a group is wires of one vector, each class once.
     """
-    slots = np.searchsorted(wires, roots)
-    slots[slots == len(wires)] = 0
-    positions = np.nonzero((wires[slots] == roots) & (use.ids >= 0))[0]
-    slot, vector = slots[positions], instance[use.ids[positions]]
-    order = np.lexsort((positions, slot, vector))
-    slot, vector, positions = slot[order], vector[order], positions[order]
-    new = np.ones(len(slot), bool)
-    new[1:] = (slot[1:] != slot[:-1]) | (vector[1:] != vector[:-1])
-    starts = np.maximum.accumulate(np.where(new, np.arange(len(slot)), 0))
-    turn = np.arange(len(slot)) - starts  # how often this vector had this class before
-    order = np.lexsort((slot, turn, vector))
-    slot, positions, turn = slot[order], positions[order], turn[order]
-    width = len(wires)
-    if len(slot) % width or not np.array_equal(
-        slot.reshape(-1, width), np.broadcast_to(np.arange(width), (len(slot) // width, width))
-    ):
-        return None
-    places = positions.reshape(-1, width)
-    if turn.any() and not _shifted(places):
-        return None
-    inverse = None if sign is None else (sign[places] < 0)
-    return Placement(use, places, inverse)
-
-
-def _shifted(places: Ids) -> bool:
-    """Whether all copies are one pattern at different places, so that none takes its channels from two positions."""
-    return bool((places - places[:, :1] == places[0] - places[0, 0]).all())
+    positions = np.nonzero(use.ids >= 0)[0]
+    at = groups.index[roots[use.ids[positions]]]
+    positions, at = positions[at >= 0], at[at >= 0]
+    if at.size == 0:
+        return
+    group = np.searchsorted(groups.starts, at, "right") - 1
+    slot, vector = at - groups.starts[group], instance[use.ids[positions]]
+    order = np.lexsort((slot, vector, group))
+    slot, vector, group, positions = slot[order], vector[order], group[order], positions[order]
+    new = np.append(True, (slot[1:] != slot[:-1]) | (vector[1:] != vector[:-1]) | (group[1:] != group[:-1]))
+    each = np.arange(len(slot))
+    turn = each - np.maximum.accumulate(np.where(new, each, 0))  # how often this vector had this class before
+    if turn.any():
+        order = np.lexsort((slot, turn, vector, group))
+        slot, group, positions, turn = slot[order], group[order], positions[order], turn[order]
+    first = np.nonzero(np.append(True, group[1:] != group[:-1]))[0]
+    numbers, ends = group[first], np.append(first[1:], len(group))
+    widths = (groups.starts[1:] - groups.starts[:-1])[numbers]
+    start, width = (np.repeat(x, ends - first) for x in (first, widths))
+    column = (each - start) % width
+    shifted = positions - positions[each - column] == positions[start + column] - positions[start]
+    fits = np.logical_and.reduceat(slot == column, first) & ((ends - first) % widths == 0)
+    # no copy takes its channels from two: all are one pattern at different places
+    fits &= ~np.logical_or.reduceat(turn > 0, first) | np.logical_and.reduceat(shifted, first)
+    inverse = None if sign is None else sign[use.ids[positions]] < 0
+    for number, a, b, wide, fit in zip(*(x.tolist() for x in (numbers, first, ends, widths, fits)), strict=True):
+        flip = None if inverse is None else inverse[a:b].reshape(-1, wide)
+        yield number, Placement(use, positions[a:b].reshape(-1, wide), flip) if fit else None

@@ -51,6 +51,7 @@ class Forest:
     def __init__(self, signed: bool = False) -> None:
         self.parent: Ids = np.empty(0, np.int64)
         self.sign: NDArray[np.int8] | None = np.empty(0, np.int8) if signed else None
+        self.flat = True  # every parent is a root
 
     def grow(self, count: int) -> None:
         """Make room for wires up to `count`; new ones are trees of their own."""
@@ -68,6 +69,8 @@ class Forest:
     def find_signed(self, ids: Ids) -> tuple[Ids, NDArray[np.int8] | None]:
         """The root of each wire, and the exponent (1 or -1) of the root's scale that the wire's is."""
         root = self.parent[ids]
+        if self.flat:
+            return root, None if self.sign is None else self.sign[ids]
         if self.sign is None:
             while not np.array_equal(above := self.parent[root], root):
                 root = above
@@ -80,6 +83,12 @@ class Forest:
         self.parent[ids], self.sign[ids] = root, sign
         return root, sign
 
+    def flatten(self) -> None:
+        """Make every parent a root."""
+        if not self.flat:
+            self.find_signed(np.arange(len(self.parent)))
+            self.flat = True
+
     def join(self, a: Ids, b: Ids, inverse: bool = False) -> Ids:
         """Put a[i] and b[i] in one tree; returns the roots of wires that would be the inverse of themselves."""
         a, b = a.ravel(), b.ravel()
@@ -90,6 +99,7 @@ class Forest:
                 break
             low, high = np.minimum(ra, rb)[apart], np.maximum(ra, rb)[apart]
             self.parent[high] = low
+            self.flat = False
             if self.sign is not None and ea is not None and eb is not None:
                 between = ea * eb * np.int8(-1 if inverse else 1)
                 self.sign[high] = between[apart]
@@ -123,8 +133,8 @@ class Wires:
         if self.count > len(self.instance):
             spare = max(self.count, 2 * len(self.instance), 4096) - len(self.instance)
             self.instance = np.concatenate([self.instance, np.full(spare, -1)])
-        _, numbers = np.unique(vectors, return_inverse=True)
-        self.instance[ids.ravel()] = self.instances + numbers.ravel()
+        numbers = ranks(vectors.ravel())
+        self.instance[self.count - vectors.size : self.count] = self.instances + numbers
         self.instances += int(numbers.max()) + 1
         return ids
 
@@ -166,13 +176,14 @@ class Wires:
 
     def limited(self, level: Level) -> Ids:
         """For each wire, the first event that limits its class at `level`; -1 where none does."""
-        found = np.full(self.count, len(self.events), np.int64)
-        forest = self.forests[level]
-        for ids, event in self._limits[level]:
-            roots = forest.find(ids)
-            found[roots] = np.minimum(found[roots], event)
-        found = found[self.roots(level)]
-        return np.where(found == len(self.events), -1, found)
+        found = np.full(self.count, -1, np.int64)
+        limits = sorted(self._limits[level], key=lambda limit: -limit[1])  # the first event is written last, and stays
+        if limits:
+            forest = self.forests[level]
+            forest.flatten()
+            roots = forest.find(np.concatenate([ids for ids, _ in limits]))
+            found[roots] = np.repeat([event for _, event in limits], [len(ids) for ids, _ in limits])
+        return found[self.roots(level)]
 
     def restricted(self, level: Level) -> list[tuple[Ids, int]]:
         """Wires and the event that limits them, in program order."""
@@ -180,19 +191,31 @@ class Wires:
 
     def roots(self, level: Level) -> Ids:
         """The class of every wire."""
-        return self.forests[level].find(np.arange(self.count))
+        self.forests[level].flatten()
+        return self.forests[level].parent[: self.count].copy()
 
-    def signatures(self, level: Level) -> Keys:
-        """For each wire, a number that its class shares with the classes it may be mixed with."""
+    def signatures(self, level: Level, limited: Ids) -> Keys:
+        """For each wire, a number that its class shares with the classes it may be mixed with; `limited` by `limited`."""
         signature = np.zeros(self.count, np.uint64)
         forest = self.forests[level]
+        forest.flatten()
         for ids, keys in self._sites[level]:
             np.add.at(signature, forest.find(ids), keys)
         roots = self.roots(level)
         signature = signature[roots]
-        alone = self.limited(level) >= 0
+        alone = limited >= 0
         signature[alone] = mix(roots[alone].astype(np.uint64) ^ np.uint64(0x5BD1E995 << 24))
         return signature
+
+
+def ranks(values: Ids) -> Ids:
+    """The place of each value among the distinct ones, in order."""
+    low, high = int(values.min()), int(values.max())
+    if high - low >= 8 * values.size + 1024:
+        return np.unique(values, return_inverse=True)[1].ravel()
+    there = np.zeros(high - low + 1, np.int64)
+    there[values - low] = 1
+    return np.asarray((np.cumsum(there) - 1)[values - low])
 
 
 def mix(x: Keys) -> Keys:

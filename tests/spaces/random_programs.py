@@ -36,6 +36,16 @@ PIPELINES = [
     "fold-constants",
     "dead-code",
     "fold-constants, raise-norms, drop-identities, dead-code",
+    "raise-norms, fold-norm-affine",
+    "raise-norms, center-norm",
+    "raise-norms, fold-embedding-norm, fold-norm-affine, center-norm, rotate(qk=true, orphans=true)",
+    "raise-norms, rotate(mode=random, stream=false), rotate-layerwise(block=2)",
+    "raise-norms, equalize",
+    "raise-norms, permute",
+    "raise-norms, permute(arrange=even, group=4)",
+    "raise-norms, expand",
+    "raise-norms, fold-norm-affine, center-norm, expand(stream=true), rotate(mode=hadamard)",
+    "raise-norms, untie-embeddings, permute, equalize, fold-norm-affine, center-norm, permute, rotate, rotate-layerwise",
 ]
 """Every function-preserving pass, alone and in chains."""
 

@@ -158,7 +158,8 @@ class _Sketch:
         if kind in ("product", "embedding"):
             weight = next(u.weight for u in self.spaces.uses if u.node is node and u.weight is not None)
             shape = " × ".join(map(str, weight.meta["val"].shape))
-            return plain(self.program.key(weight)).rpartition(".")[2], shape
+            parts = plain(self.program.key(weight)).split(".")
+            return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]), shape
         if kind == "norm":
             gain = (
                 self.program.arg(node, "weight")

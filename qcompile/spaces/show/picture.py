@@ -18,6 +18,7 @@ from qcompile.spaces.wires import Level
 PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#8c564b", "#9467bd", "#17a2b8", "#a3a500", "#e75480", "#2f6f3e"),
+    *("#1a237e", "#7a1f1f", "#66a61e", "#b07aa1", "#c49c00", "#4d4d9f"),
 )
 GREY = "#9aa0a6"
 PITCH, HEIGHT, MARGIN, TOP = 62, 34, 40, 46
