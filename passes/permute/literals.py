@@ -139,11 +139,9 @@ def _on(program: Program, node: fx.Node, source: Grown) -> bool:
     return bool(int(program.arg(node, "dim")) % rank == source[0])
 
 
-def _sliced(program: Program, node: fx.Node, source: Grown) -> dict[str, Any] | str:
+def _sliced(program: Program, node: fx.Node, source: Grown) -> dict[str, Any]:
     if not _on(program, node, source):
         return {}
-    if program.arg(node, "step") != 1:
-        return "takes every other channel"
     size, changed = source[1].size, {}
     for name in ("start", "end"):
         place = program.arg(node, name)

@@ -30,7 +30,7 @@ class ChannelSpaces:
     layouts: dict[fx.Node, Layout | list[Layout]]
 
     def __getitem__(self, level: Level) -> list[Space]:
-        """Every space that admits `level`, in program order of its first use. A space of width 1 admits a factor."""
+        """Every space that admits `level`, in program order of its first use. Only diagonal ones may have width 1."""
         return self._spaces(level)
 
     def space(self, node: fx.Node, kind: str, level: Level) -> Space | None:
@@ -79,9 +79,13 @@ class ChannelSpaces:
         for use in uses:
             met[roots[use.ids[use.ids >= 0]]] = True
         used = np.nonzero(met & free)[0]
+        signature = self._signatures(level)
+        if level is not Level.DIAGONAL and used.size:  # what is alone cannot be mixed
+            _, which, counts = np.unique(signature[used], return_inverse=True, return_counts=True)
+            used = used[counts[which] > 1]
         if used.size == 0:
             return []
-        groups = Groups.of(used, self._signatures(level), self.wires.count)
+        groups = Groups.of(used, signature, self.wires.count)
         sign = None
         if level is Level.DIAGONAL:
             sign = self.wires.forests[level].find_signed(np.arange(self.wires.count))[1]

@@ -61,8 +61,9 @@ class Space:
 
     @property
     def is_stream(self) -> bool:
-        """Whether a norm reads it, or several sources add up to it and several sinks read it: a residual stream."""
-        return bool(self.of_kind("norm")) or (len(self.sources) > 1 and len(self.sinks) > 1)
+        """Whether a norm reads it, or several products add up to it and several read it: a residual stream."""
+        makers = [p for p in self.sources if p.node is not p.use.weight]  # a bias is no maker
+        return bool(self.of_kind("norm")) or (len(makers) > 1 and len(self.sinks) > 1)
 
     @property
     def is_state(self) -> bool:
@@ -99,7 +100,8 @@ def placements(
 ) -> Iterator[tuple[int, Placement | None]]:
     """Where groups stand in a use; None for one whose copies there do not line up.
 
-    `roots` and `sign` are of all wires. One copy of a group is wires of one vector, each class once.
+    `roots` and `sign` are of all wires. One copy of a group is wires of one vector, each class once. With a `sign`, for
+    diagonals, each class is scaled by itself and it does not matter which copy is whose.
     """
     positions = np.nonzero(use.ids >= 0)[0]
     at = groups.index[roots[use.ids[positions]]]
@@ -108,6 +110,8 @@ def placements(
         return
     group = np.searchsorted(groups.starts, at, "right") - 1
     slot, vector = at - groups.starts[group], instance[use.ids[positions]]
+    if sign is not None:
+        vector = np.zeros_like(vector)
     order = np.lexsort((slot, vector, group))
     slot, vector, group, positions = slot[order], vector[order], group[order], positions[order]
     new = np.append(True, (slot[1:] != slot[:-1]) | (vector[1:] != vector[:-1]) | (group[1:] != group[:-1]))
@@ -124,7 +128,8 @@ def placements(
     shifted = positions - positions[each - column] == positions[start + column] - positions[start]
     fits = np.logical_and.reduceat(slot == column, first) & ((ends - first) % widths == 0)
     # no copy takes its channels from two: all are one pattern at different places
-    fits &= ~np.logical_or.reduceat(turn > 0, first) | np.logical_and.reduceat(shifted, first)
+    if sign is None:
+        fits &= ~np.logical_or.reduceat(turn > 0, first) | np.logical_and.reduceat(shifted, first)
     inverse = None if sign is None else sign[use.ids[positions]] < 0
     for number, a, b, wide, fit in zip(*(x.tolist() for x in (numbers, first, ends, widths, fits)), strict=True):
         flip = None if inverse is None else inverse[a:b].reshape(-1, wide)

@@ -195,7 +195,7 @@ class Wires:
         return self.forests[level].parent[: self.count].copy()
 
     def signatures(self, level: Level, limited: Ids) -> Keys:
-        """For each wire, a number that its class shares with the classes it may be mixed with; `limited` by `limited`."""
+        """For each wire, a number that its class shares with those it may be mixed with, from what is `limited`."""
         signature = np.zeros(self.count, np.uint64)
         forest = self.forests[level]
         forest.flatten()

@@ -18,7 +18,7 @@ from qcompile.spaces.show.graph import drawing
 from qcompile.spaces.show.names import braced, merged, plain, ranges, template
 from qcompile.spaces.show.picture import draw
 from qcompile.spaces.show.place import placed
-from qcompile.spaces.show.reasons import LIFTS
+from qcompile.spaces.show.reasons import LIFTS, SPLITS
 from qcompile.spaces.show.table import as_data, limits, may_act, table
 
 BLOCK = """\
@@ -106,7 +106,7 @@ def test_queries_and_keys_under_a_rotary_embedding_say_why() -> None:
     found = _of_kind(describe(_zoo("llama", "raise-norms")), "query·key")
     assert found
     assert all(Level.ORTHOGONAL not in d.levels and d.around == "rotate(qk=true)" for d in found)
-    assert all(any("channel" in r.why for r in d.limiting) for d in found)
+    assert all(any(r.why == SPLITS[0] for r in d.limiting) for d in found)
 
 
 def test_biases_and_ties() -> None:
@@ -146,6 +146,10 @@ def test_like_layers_are_drawn_once() -> None:
     assert {("q_proj", "attention"), ("silu", "×"), ("o_proj", "+"), ("lm_head", "logits")} <= names
     stream = next(i for i, row in enumerate(rows) if row.first.kind == "stream")
     assert {e.row for e in made.edges if made.boxes[e.end].label in ("rms_norm", "q_proj", "lm_head")} == {stream}
+    (heads,) = (i for i, row in enumerate(rows) if row.first.kind == "heads")
+    assert {e.row for e in made.edges if made.boxes[e.start].label == "v_proj"} == {heads}
+    (output,) = (box for box in made.boxes if box.label == "o_proj")
+    assert (output.before, output.behind) == (heads, stream)
 
 
 def test_the_picture_is_well_formed_and_tells_all() -> None:

@@ -40,7 +40,7 @@ def test_families(name: str, family: Callable[[str], Program]) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "moe"])
-@pytest.mark.parametrize("passes", [ALL, *EACH])
+@pytest.mark.parametrize("passes", EACH)
 def test_embedded_models(name: str, passes: str, embedded: Callable[[str], Program]) -> None:
     check(embedded(name), passes)
 

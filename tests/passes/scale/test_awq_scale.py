@@ -95,7 +95,7 @@ def test_w4_of_an_embedded_model_is_better_than_plain_rounding(
         run_passes(program, f"{passes}, insert-qdq(weights=int3 asym group=32)", tokens)
         return float((program.run(feeds)["logits"] - exact).norm())
 
-    assert error(f"{inject}, awq-scale(spec=int3 asym group=32, grid=8)") < 0.8 * error(inject)
+    assert error(f"{inject}, awq-scale(spec=int3 asym group=32, grid=8, rows=32)") < 0.8 * error(inject)
 
 
 def test_heads_and_routers_have_no_say(embedded: Callable[[str], Program], tokens: list[Tensor]) -> None:

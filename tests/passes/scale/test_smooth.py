@@ -88,14 +88,25 @@ def test_the_factors_are_the_papers(alpha: float, tokens: list[Tensor]) -> None:
     assert report.skipped == []
 
 
-def test_dead_channels_and_columns_keep_their_factor(tokens: list[Tensor]) -> None:
+def test_readers_of_several_tensors_share_the_largest_peak(tokens: list[Tensor]) -> None:
+    """One product reads a ReLU, another what goes into it: the factor is for both."""
+    text = BLOCK.replace("return {", 'z = aten.linear.default(u, other)\n        return {"z": z, ')
+    program, old = (parse(text.replace("b: f64[7],", "b: f64[7], other: f64[4, 7],")) for _ in range(2))
+    smoothed(program, tokens)
+    peaks = torch.cat([value(old, "u", ids) for ids in tokens]).abs().amax(0)
+    columns = torch.maximum(old.weights["other"].abs().amax(0), old.weights["down"].abs().amax(0))
+    torch.testing.assert_close(program.weights["other"] / old.weights["other"], (peaks / columns).sqrt().expand(4, 7))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_dead_channels_and_columns_keep_their_factor(alpha: float, tokens: list[Tensor]) -> None:
     gain, shift = torch.rand(6).double() + 0.5, torch.randn(6).double()
     gain[1] = shift[1] = 0
     q, k = torch.randn(4, 6).double(), torch.randn(5, 6).double()
     q[:, 2] = k[:, 2] = 0
     q[:, 3], k[:, 3] = 1e-300, 0  # next to nothing: the factor is bounded
     program = parse(BLOCK, gain=gain, shift=shift, q=q, k=k)
-    smoothed(program, tokens, "smooth(roles=[linear, head])")
+    smoothed(program, tokens, f"smooth(alpha={alpha})")
     assert all(bool(program.weights[name].isfinite().all()) for name in program.weights)
     assert program.weights["gain"][2] == gain[2]
     assert program.weights["gain"][1] == 0
