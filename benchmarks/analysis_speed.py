@@ -3,8 +3,8 @@
     python benchmarks/analysis_speed.py                     # 8 16 32 64 128 layers
     python benchmarks/analysis_speed.py 32 --profile 25     # where the time goes
 
-The checkpoints are sparse: the analysis reads no weights. Each figure is the smallest of `--repeat` runs, CPU seconds of
-one thread; each run starts from the program alone.
+The checkpoints are sparse: the analysis reads no weights. Each figure is the smallest of `--repeat` runs, CPU seconds
+of one thread; each run starts from the program alone.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def show(measured: list[Timed]) -> None:
         row |= {f"{level.name.lower()}, s (spaces)": f"{t.spaces[level]:.2f} ({t.found[level]})" for level in Level}
         rows.append({**row, "walk and orthogonal, s": f"{total:.2f}"})
     notes = (
-        "CPU seconds of one thread, the smallest of the runs. `channel_spaces` is the walk and has finding the products "
-        "in it; the columns of levels are reading the spaces of each, after the walk. Target: the walk at most 1 s for "
+        "CPU seconds of one thread, the smallest of the runs. `channel_spaces` is the walk, finding the "
+        "products included; the columns of levels are reading the spaces of each, after the walk. Target: the walk at most 1 s for "
         f"32 layers, linear in layers.{_linearity(measured)}"
     )
     publish("analysis_speed", "Channel spaces of Llama shapes", rows, notes)

@@ -23,6 +23,7 @@ from qcompile.evaluate import Measure, evaluate
 FOLDED = "raise-norms, fold-norm-affine, center-norm"
 TREATMENTS = {
     "nothing": "",
+    "folded": FOLDED,
     "smooth": "raise-norms, smooth",
     "R1, R2": f"{FOLDED}, rotate",
     "R1, R2, R3": f"{FOLDED}, rotate(qk=true)",

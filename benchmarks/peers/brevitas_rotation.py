@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="+")
     parser.add_argument("--same-eps", action="store_true")
+    parser.add_argument("--no-heads", action="store_true", help="leave the values of attention as they are")
     options = parser.parse_args()
+    OPTIONS.rotation_sdpa_regions = not options.no_heads
     warnings.filterwarnings("ignore")
     for name in options.families:
         with contextlib.redirect_stdout(sys.stderr):
@@ -57,10 +59,10 @@ def one(name: str, same_eps: bool) -> dict[str, object]:
     if same_eps:
         equal_eps(model)
     tokens = torch.randint(3, model.config.vocab_size, (3, 8), generator=torch.Generator().manual_seed(1))
-    before, weights = logits(model, tokens), [p.detach().clone() for p in model.parameters()]
     example = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     start = time.perf_counter()
     try:
+        before, weights = logits(model, tokens), [p.detach().clone() for p in model.parameters()]
         fused_rotation_no_fx(model, [example], OPTIONS)
         after = logits(model, tokens)
     except Exception as error:  # another's program: whatever it raises is the finding

@@ -37,7 +37,6 @@ CASES: dict[str, tuple[str, tuple[Widths, Widths, Widths, Widths], str]] = {
     "its channels turned round": ("r = aten.flip.default(h, [-1])", (ALL, ALL, ALL, ALL), ""),
     "its channels rolled": ("r = aten.roll.default(h, [3], [-1])", (ALL, ALL, ALL, ALL), ""),
     "token shift": ("q = aten.constant_pad_nd.default(h, [0, 0, 1, -1])\nr = aten.sub.Tensor(h, q)", (ALL, ALL, ALL, ALL), ""),
-    "token shift of some channels": ("q = aten.constant_pad_nd.default(h, [0, 0, 1, -1])\nu = aten.slice.Tensor(h, -1, 0, 4)\nv = aten.slice.Tensor(q, -1, 4, 8)\nr = aten.cat.default([u, v], -1)", (ALL, ALL, [4, 4], [4, 4]), ""),
     "both positions side by side": ("q = aten.constant_pad_nd.default(h, [0, 0, 1, -1])\nr = aten.cat.default([h, q], -1)\ny = aten.linear.default(r, o16)", (ALL, ALL, ALL, ALL), ""),
     "two products side by side": ("h2 = aten.linear.default(x, w2)\nr = aten.cat.default([h, h2], -1)\ny = aten.linear.default(r, o16)", (ALL, ALL, ALL, ALL), ""),
     "two products, one behind the other": ("h2 = aten.linear.default(x, w2)\nr = aten.cat.default([h, h2], 1)", (ALL, ALL, ALL, ALL), ""),

@@ -15,6 +15,7 @@ from qcompile.spaces.walk import Triple, Walk, float_dtype, sizes
 from qcompile.spaces.wires import EVERY, VECTOR, Ids, Level
 
 aten = torch.ops.aten
+_DIVISIONS = (aten.div.Tensor, aten.divide.Tensor, aten.true_divide.Tensor)
 NOT_MIXED = (Level.DIAGONAL, *VECTOR)  # permutations pass
 
 
@@ -101,6 +102,7 @@ def clamp_min(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     aten.add.Scalar,
     aten.sub.Tensor,
     aten.sub.Scalar,
+    aten.subtract.Tensor,
     aten.rsub.Scalar,
     says="x ± y: both move by the same T; a bias is one more source; what has no source to move forbids everything",
 )
@@ -169,8 +171,11 @@ def _shift(walk: Walk, node: fx.Node, tensor: Any) -> Layout:
 @rule(
     aten.mul.Tensor,
     aten.mul.Scalar,
+    aten.multiply.Tensor,
     aten.div.Tensor,
     aten.div.Scalar,
+    aten.divide.Tensor,
+    aten.true_divide.Tensor,
     says="x · number, x · a factor per token: everything passes; x · γ: T = diag(d) moves to γ, permutations act on"
     " both; x · y: a diagonal on one factor passes to the product, permutations act on both; x · a table that differs"
     " along the channels (a rotary embedding): diagonals pass",
@@ -180,9 +185,9 @@ def multiply(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         if isinstance(first, fx.Node):
             return walk.of(first)
-        return nonlinear(walk, node) if node.target is aten.div.Tensor else walk.of(second)
+        return nonlinear(walk, node) if node.target in _DIVISIONS else walk.of(second)
     a, b = walk.of(first), walk.of(second)
-    if node.target is aten.div.Tensor and b.has_wires:
+    if node.target in _DIVISIONS and b.has_wires:
         return walk.barrier(node, "divides by what the channels hold")
     return scaled(walk, node, a, b, (first in walk.constants, second in walk.constants))
 

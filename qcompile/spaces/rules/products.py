@@ -72,7 +72,8 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
     rows = wires_along(layout, c.input_axis)
     if rows is None:
         return walk.barrier(node, "sums over channels and tokens at once")
-    depthwise = c.groups > 1 and c.weight.meta["val"].shape[c.axis_in] == 1 and rows.shape[1] == c.groups
+    shape = c.weight.meta["val"].shape
+    depthwise = c.groups > 1 and shape[c.axis_in] == 1 and rows.shape[1] == c.groups == shape[c.axis_out]
     if c.groups > 1 and not depthwise:
         walk.stop(layout, node, f"convolves {c.groups} groups of channels, each with its own weight")
     elif layout.has_wires and rows.shape[1] > 0:

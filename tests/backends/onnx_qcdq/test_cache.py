@@ -163,7 +163,9 @@ def test_attention_on_rounded_values(tmp_path: Path) -> None:
     OnnxQcdqBackend().lower(program, tmp_path)
     assert error(OnnxRunner(tmp_path, threads=1).logits(ids), expected) < 0.03
     operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node]
-    assert operators.count("QuantizeLinear") == 2 * (7 + 4)  # in two layers seven results (not the head's); q, k, v, softmax
+    assert operators.count("QuantizeLinear") == 2 * (
+        7 + 4
+    )  # in two layers seven results (not the head's); q, k, v, softmax
 
 
 # ------------------------------------------------------------------------------------------------- onnxruntime-genai
