@@ -120,9 +120,9 @@ def show(measured: list[Timed]) -> None:
         row |= {f"{level.name.lower()}, s (spaces)": f"{t.spaces[level]:.2f} ({t.found[level]})" for level in Level}
         rows.append({**row, "walk and orthogonal, s": f"{total:.2f}"})
     notes = (
-        "CPU seconds of one thread, the smallest of the runs. `channel_spaces` is the walk, finding the "
-        "products included; the columns of levels are reading the spaces of each, after the walk. Target: the walk at most 1 s for "
-        f"32 layers, linear in layers.{_linearity(measured)}"
+        "CPU seconds of one thread, the smallest of the runs. `channel_spaces` is the walk, finding the products "
+        "included; the columns of levels are reading the spaces of each, after the walk. Target: the walk at most 1 s "
+        f"for 32 layers, linear in layers.{_linearity(measured)}"
     )
     publish("analysis_speed", "Channel spaces of Llama shapes", rows, notes)
 

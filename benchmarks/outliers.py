@@ -94,10 +94,12 @@ def main() -> None:
                 )
                 print(f"{time.perf_counter() - start:.0f} s", *rows[-1].values(), sep=" | ", flush=True)
     notes = (
-        f"Outliers: `{inject}`, 4 channels behind every norm. KL in nats per token over {arguments.limit} passages of 128 "
-        "tokens that the float model wrote; rounding to nearest; head and embedding stay float. A recovery above 100% "
-        "means that the treated model with outliers is better than the untreated one without. R1 and R2 are folded into "
-        "weights; R3 rotates queries and keys and R4 the other inputs online. Target: at least 80%."
+        f"Outliers: `{inject}`, 4 channels behind every norm. KL in nats per token over {arguments.limit} passages of "
+        "128 tokens that the float model wrote; rounding to nearest; head and embedding stay float. Folded: the passes "
+        "before a rotation alone. They take the norms' gains into the weights, and these outliers are in the gains: "
+        "what rotation adds is its distance from that row. R1 and R2 are folded into weights; R3 rotates queries and "
+        "keys and R4 the other inputs online. Above 100%: better than the untreated model without outliers. Target: at "
+        "least 80%."
     )
     publish("outliers", "Outliers, smoothing and rotation at W4A4", rows, notes)
 

@@ -137,9 +137,9 @@ def show(runs: dict[str, Run], size: int, layers: int, threads: int) -> None:
         counts = counts or ", ".join(f"{int(parts[k])} {k}" for k in ("R1", "R2", "R3", "R4") if k in parts)
     notes = (
         f"{layers} layers of the 8B shape, {size / 1e9:.1f} GB in bfloat16, {threads} threads. Rotated by "
-        f"`{PIPELINE}`: {counts}. Stream: every weight is read, edited and written. Load: processes that wanted a core in the last "
-        "minute, these included. The copy is measured before and after; its mean is what is compared with. Target: the "
-        "whole at most 4 times the copy, and under 3 GB."
+        f"`{PIPELINE}`: {counts}. Stream: every weight is read, edited and written. Load: processes that wanted a core "
+        "in the last minute, these included. The copy is measured before and after; its mean is what is compared with. "
+        "Target: the whole at most 4 times the copy, and under 3 GB."
     )
     publish("rotate_8b", "Rotation from disk to disk", rows, notes)
 

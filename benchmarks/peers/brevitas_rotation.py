@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from families.build import build
 
-OPTIONS = SimpleNamespace(  # of the tool's command line, as its documentation has them for a fused rotation
+OPTIONS = SimpleNamespace(  # what its entry point reads: one fused Hadamard rotation of each space, none online
     rotation="fused_no_fx",
     rotation_orphan_sink=False,
     rotation_mode="had",

@@ -8,19 +8,23 @@ Exact. Keys are rotated before they go into the cache, where they are then store
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from qcompile.hadamard.construct import HadamardError, hadamard_for
 from qcompile.ir.attention import Operand, find_attention
 from qcompile.ir.program import Program
+from qcompile.ir.state import state_pairs
 from qcompile.pass_base import Report
 from qcompile.passes.quantize.spell_attention import let_reshape
 
+aten = torch.ops.aten
 TRANSFORM = torch.ops.qcompile.hadamard.default
 
 
 def rotate_scores(program: Program, block: int | None, report: Report) -> int:
     """Rotate queries and keys of every attention online. Returns how many attentions there are."""
     count = 0
+    pasts = {pair.past for pair in state_pairs(program)}
     for found in find_attention(program):
         width = found.query.source.meta["val"].shape[found.query.features]
         places = (found.query, found.key)
@@ -34,7 +38,7 @@ def rotate_scores(program: Program, block: int | None, report: Report) -> int:
             report.skip(found.context, str(error))
             continue
         for operand in places:
-            _insert(program, operand, order, size)
+            _insert(program, operand, order, size, pasts)
         let_reshape(program, found.context)
         count += 1
         report.rewrote(found.context, f"R3: queries and keys are rotated online, {size} features")
@@ -50,10 +54,17 @@ def _unfit(operand: Operand) -> str | None:
     return None
 
 
-def _insert(program: Program, operand: Operand, order: int, size: int) -> None:
-    """Rotate what an operand is moved from; other readers of it keep reading it as it was."""
+def _insert(program: Program, operand: Operand, order: int, size: int, pasts: set[fx.Node]) -> None:
+    """Rotate what an operand is moved from; other readers of it keep reading it as it was.
+
+    New tokens are rotated before they go into a cache that nothing else reads: then each is rotated once.
+    """
     source = operand.source
     follower = operand.path[0] if operand.path else operand.reader
+    parts = program.arg(source, "tensors") if source.target is aten.cat.default else []
+    new = [part for part in parts if part not in pasts]
+    if len(parts) == 2 and len(new) == 1 and all(user is follower or user.op == "output" for user in source.users):
+        follower, source = source, new[0]
     online = program.call(TRANSFORM, (source, order, size), after=source, module=program.module_of(operand.reader))
     follower.replace_input_with(source, online)
     let_reshape(program, online)

@@ -109,17 +109,19 @@ class ChannelSpaces:
 
 def channel_spaces(program: Program) -> ChannelSpaces:
     """Walk over `program` once. The program is not changed."""
-    walk = Walk(program)
+    walk = Walk(program, Wires(program.output_node))
     _states(walk)
     skipped = {node for node in walk.matrices if not program.is_weight(node)}
     for node in program.graph.nodes:
         if node.op == "call_function" and node not in skipped:
+            walk.wires.node = node
             layout = _apply(walk, node)
             if layout is not None:
                 walk.layouts[node] = layout
                 tensors = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
                 if tensors and all(n in walk.constants for n in tensors):
                     walk.constants.add(node)
+    walk.wires.node = program.output_node
     _ends(walk)
     _foreign(walk, skipped)
     _settle(walk)

@@ -49,16 +49,17 @@ class Effect:
             return tensor * self._factors(tensor, axis)
         copies, width = self.positions.shape
         axis %= tensor.ndim
+        split = [*tensor.shape[:axis], copies, width, *tensor.shape[axis + 1 :]]
         start, count = int(self.positions.flat[0]), self.positions.size
         if np.array_equal(self.positions.ravel(), np.arange(start, start + count)):  # one run: no copy to pick it
-            part = tensor.narrow(axis, start, count).unflatten(axis, (copies, width))
+            part = tensor.narrow(axis, start, count).reshape(split)
             part = self._part(part, axis + 1).flatten(axis, axis + 1)
             if count == tensor.shape[axis]:
                 return part
             behind = tensor.shape[axis] - start - count
             return torch.cat([tensor.narrow(axis, 0, start), part, tensor.narrow(axis, start + count, behind)], axis)
         index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
-        part = tensor.index_select(axis, index).unflatten(axis, (copies, width))
+        part = tensor.index_select(axis, index).reshape(split)
         part = self._part(part, axis + 1).flatten(axis, axis + 1)
         return tensor.index_copy(axis, index, part)
 

@@ -15,7 +15,7 @@ from qcompile.ir.contractions import Contraction, Embedding, Obstacle, survey
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim, dim_expr
 from qcompile.spaces.layout import Layout, plain
-from qcompile.spaces.wires import EVERY, MIXING, VECTOR, Ids, Level, Wires
+from qcompile.spaces.wires import EVERY, MIXING, Ids, Level, Wires
 
 Kind = Literal["source", "sink", "norm", "query", "key", "state", "output"]
 
@@ -57,7 +57,7 @@ class Walk:
     """State of the walk; rules read layouts by `of`, relate wires through `wires`, and return the result's layout."""
 
     program: Program
-    wires: Wires = field(default_factory=Wires)
+    wires: Wires
     layouts: dict[fx.Node, Layout | list[Layout]] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     triples: list[Triple] = field(default_factory=list)
@@ -144,7 +144,7 @@ class Walk:
         vectors = np.where(old >= 0, self.wires.instance[old], -1)
         new = np.where(old >= 0, self.wires.fresh(vectors), -1)
         self.wires.join(old, new)
-        self.wires.together(VECTOR, old, self.wires.event(node, "moves whole vectors"))
+        self.wires.together(MIXING, old, self.wires.event(node, "moves whole vectors"))
         return layout.with_ids(new)
 
     def collapsed(self, ids: Ids, place: int, node: fx.Node) -> Ids:
@@ -152,7 +152,7 @@ class Walk:
         first = ids.take([0], place)
         self.wires.join(first, ids)
         rows = np.arange(ids.shape[place]).reshape([-1 if i == place else 1 for i in range(ids.ndim)])
-        self.wires.together(VECTOR, ids, self.wires.event(node, "the same for all tokens"), rows)
+        self.wires.together(MIXING, ids, self.wires.event(node, "the same for all tokens"), rows)
         return np.asarray(first)
 
     def rows(self, layout: Layout, node: fx.Node, reason: str, rows: Ids, levels: tuple[Level, ...] = MIXING) -> None:

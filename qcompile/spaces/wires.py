@@ -112,6 +112,7 @@ class Forest:
 class Wires:
     """All wires of a program and what is known of them."""
 
+    node: fx.Node  # where the walk is
     count: int = 0
     instances: int = 0
     instance: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # wires of one vector at one position share it
@@ -143,7 +144,9 @@ class Wires:
         a, b = np.broadcast_arrays(a, b)
         both = (a >= 0) & (b >= 0)
         for level in levels:
-            self.forests[level].join(a[both], b[both])
+            clash = self.forests[level].join(a[both], b[both])
+            if clash.size:
+                self.limit((level,), clash, self.event(self.node, "its scale would be its own inverse"))
 
     def invert(self, a: Ids, b: Ids, event: int) -> None:
         """The scales of a[i] and b[i] are each other's inverse; where that is a circle, they are pinned."""
@@ -164,7 +167,7 @@ class Wires:
         flat = flat[kept]
         keys = mix(where.astype(np.uint64) + np.uint64((event + 1) << 32))
         for level in levels:
-            own = mix(keys ^ self.instance[flat].astype(np.uint64)) if level in VECTOR else keys
+            own = mix(keys ^ self.instance[flat].astype(np.uint64)) if level in MIXING else keys
             self._sites[level].append((flat, own))
 
     def limit(self, levels: tuple[Level, ...], ids: Ids, event: int) -> None:

@@ -109,3 +109,23 @@ def test_two_edits_of_one_weight() -> None:
     rows, columns = (RandomOrthogonal(4, seeds[kind]).matrix() for kind in ("source", "sink"))
     assert seeds["source"] != seeds["sink"]
     assert torch.allclose(program.weights["v"], rows @ old @ columns.T, atol=1e-13)
+
+
+def test_a_product_that_reads_keys_is_scaled_with_the_queries() -> None:
+    """Keys are divided by the factors, so what else reads them is multiplied."""
+    program = Program.parse("""def main(x: f64[batch, sequence, 6], *, q: f64[4, 6], k: f64[4, 6], o: f64[5, 4]):
+    a = aten.linear.default(x, q)
+    b = aten.linear.default(x, k)
+    t = aten.transpose.int(b, 1, 2)
+    s = aten.matmul.default(a, t)
+    y = aten.linear.default(b, o)
+    return {"y": y, "s": s}""")
+    old = {key: program.weights[key] for key in program.weights}
+    spaces = channel_spaces(program)
+    factors = torch.tensor([2.0, 0.5, 4.0, 1.0], dtype=torch.float64)
+    edits = Edits(spaces, Report())
+    edits.scale(spaces[Level.DIAGONAL][0], factors)
+    edits.commit()
+    assert torch.equal(program.weights["q"], old["q"] * factors[:, None])
+    assert torch.equal(program.weights["k"], old["k"] / factors[:, None])
+    assert torch.equal(program.weights["o"], old["o"] * factors)

@@ -10,7 +10,7 @@ from qcompile.spaces.layout import Layout, plain, product, same
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import paired
 from qcompile.spaces.walk import Walk, sizes
-from qcompile.spaces.wires import EVERY, VECTOR
+from qcompile.spaces.wires import EVERY, MIXING
 
 aten = torch.ops.aten
 
@@ -88,7 +88,7 @@ def _tokens(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layo
             event = walk.wires.event(node, "joins channels with values that no weight makes")
             walk.wires.limit(EVERY, np.where(theirs < 0, wide, -1), event)
             walk.wires.limit(EVERY, np.where(wide < 0, theirs, -1), event)
-            walk.wires.together(VECTOR, pair.b, walk.wires.event(node, "joined along tokens"))
+            walk.wires.together(MIXING, pair.b, walk.wires.event(node, "joined along tokens"))
         elif not other.zero:
             walk.stop(result, node, "joins channels with values that no weight makes")
     return result.sized(axis, size)

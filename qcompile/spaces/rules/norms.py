@@ -10,10 +10,10 @@ from torch import fx
 
 from qcompile.spaces.layout import Layout, along, plain, product
 from qcompile.spaces.registry import rule
-from qcompile.spaces.rules.broadcast import row_numbers
+from qcompile.spaces.rules.broadcast import paired, row_numbers
 from qcompile.spaces.rules.pointwise import scaled, summed
 from qcompile.spaces.walk import Use, Walk, no_wires
-from qcompile.spaces.wires import VECTOR, Level
+from qcompile.spaces.wires import MIXING, VECTOR, Level
 
 aten = torch.ops.aten
 
@@ -41,12 +41,22 @@ def _normalised(walk: Walk, node: fx.Node, centred: bool) -> Layout | list[Layou
         return walk.barrier(node, "normalises over channels and tokens at once")
     result: Layout | list[Layout] = _unit(walk, node, flat, centred) if flat.has_wires else flat
     gain = walk.program.arg(node, "weight")
-    if isinstance(gain, fx.Node) and isinstance(result, Layout):
+    if isinstance(gain, fx.Node) and isinstance(result, Layout) and not result.has_wires:
+        result = _from_gain(walk, node, result, walk.of(gain))
+    elif isinstance(gain, fx.Node) and isinstance(result, Layout):
         result = scaled(walk, node, result, walk.of(gain), (False, gain in walk.constants))
     bias = walk.program.arg(node, "bias") if centred else None
     if isinstance(bias, fx.Node) and isinstance(result, Layout):
         result = summed(walk, node, result, walk.of(bias))
     return result
+
+
+def _from_gain(walk: Walk, node: fx.Node, layout: Layout, gain: Layout) -> Layout:
+    """What no weight makes, times a gain: a diagonal may start there."""
+    pair = paired(layout, gain)
+    assert pair is not None  # a gain has one axis
+    walk.stop(gain, node, "its gain scales each channel", MIXING)
+    return pair.layout(pair.b)
 
 
 def _unit(walk: Walk, node: fx.Node, layout: Layout, centred: bool) -> Layout:
@@ -90,7 +100,7 @@ def batch_norm(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
             return walk.barrier(node, "normalises over the batch")
         return _per_channel(walk, node, layout, None)
     result = _per_channel(walk, node, layout, None)
-    return [result, plain([]), plain([])] if isinstance(result, Layout) else result[:1] + [plain([]), plain([])]
+    return [result, plain([]), plain([])] if isinstance(result, Layout) else [*result[:1], plain([]), plain([])]
 
 
 def _per_channel(walk: Walk, node: fx.Node, layout: Layout, rows: Any) -> Layout | list[Layout]:

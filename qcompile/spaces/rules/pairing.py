@@ -10,7 +10,7 @@ from torch import fx
 from qcompile.ir.types import Dim
 from qcompile.spaces.layout import Axis, Layout, plain
 from qcompile.spaces.walk import Kind, Use, Walk, sizes
-from qcompile.spaces.wires import EVERY, VECTOR, Ids, Level
+from qcompile.spaces.wires import EVERY, MIXING, Ids, Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def _through(
     if any(inner):
         walk.rows(through, node, "each part is mixed over tokens by weights of its own", rows)
     else:
-        walk.wires.together(VECTOR, old, walk.wires.event(node, "mixed over tokens"))
+        walk.wires.together(MIXING, old, walk.wires.event(node, "mixed over tokens"))
     vectors = np.where(old >= 0, walk.wires.instance[old] * (rows.max() + 1) + rows, -1)
     new = np.where(old >= 0, walk.wires.fresh(vectors), -1)
     walk.wires.join(old, new)

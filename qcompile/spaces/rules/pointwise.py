@@ -12,7 +12,7 @@ from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import Pair, paired, row_numbers
 from qcompile.spaces.walk import Triple, Walk, float_dtype, sizes
-from qcompile.spaces.wires import EVERY, VECTOR, Ids, Level
+from qcompile.spaces.wires import EVERY, MIXING, VECTOR, Ids, Level
 
 aten = torch.ops.aten
 _DIVISIONS = (aten.div.Tensor, aten.divide.Tensor, aten.true_divide.Tensor)
@@ -134,8 +134,8 @@ def summed(
     for wired, other, varies in ((wide_a, wide_b, pair.b_varies), (wide_b, wide_a, pair.a_varies)):
         levels = NOT_MIXED if (other < 0).all() and _blind(wired, varies) else EVERY
         walk.wires.limit(levels, np.where(other < 0, wired, -1), event)
-    walk.wires.together(VECTOR, pair.a, walk.wires.event(node, "sum"))
-    walk.wires.together(VECTOR, pair.b, walk.wires.event(node, "sum"))
+    walk.wires.together(MIXING, pair.a, walk.wires.event(node, "sum"))
+    walk.wires.together(MIXING, pair.b, walk.wires.event(node, "sum"))
     if (pair.a < 0).any() or (pair.b < 0).any():
         return pair.layout(np.where(wide_a >= 0, wide_a, wide_b))
     smaller = pair.b if (constant[0] or pair.b.size < pair.a.size) and pair.b.size <= pair.a.size else pair.a
@@ -264,6 +264,7 @@ def _gate(walk: Walk, node: fx.Node, pair: Pair, constant: tuple[bool, bool]) ->
     event = walk.wires.event(node, weight)
     for ids in (a, b, out):
         walk.wires.limit(VECTOR, ids, event)
+        walk.wires.together((Level.PERMUTATION,), ids, event)
     walk.triples.append(Triple(a[both], b[both], out[both], event, constant[1]))
     alone = (leader >= 0) & ~both
     walk.wires.join(leader[alone], out[alone], (Level.DIAGONAL,))

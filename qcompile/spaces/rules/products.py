@@ -19,7 +19,7 @@ from qcompile.spaces.rules.indexing import wires_along
 from qcompile.spaces.rules.pairing import Operand, multiplied
 from qcompile.spaces.rules.pointwise import summed
 from qcompile.spaces.walk import Use, Walk, sizes
-from qcompile.spaces.wires import VECTOR, Ids, Level
+from qcompile.spaces.wires import MIXING, VECTOR, Ids, Level
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default)
@@ -162,7 +162,7 @@ def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool,
         )
     if len(rows) > 1:
         walk.wires.join(rows[:1], rows[1:])
-        walk.wires.together(VECTOR, rows, walk.wires.event(node, "rows of one weight"), np.arange(len(rows))[:, None])
+        walk.wires.together(MIXING, rows, walk.wires.event(node, "rows of one weight"), np.arange(len(rows))[:, None])
     if depthwise:
         walk.uses.append(Use("sink", node, rows[0], c.weight, c.axis_out, levels=(Level.DIAGONAL,)))
         walk.share(c.weight, "sink", c.axis_out, rows[0])
