@@ -2,9 +2,9 @@
 
 Each fault of `mutation_faults.FAULTS` is written into a copy of the project, and the tests run there until one fails:
 first those of the file itself, then those of its subject, then the random programs. Tests that are further off, such
-as those over families of models, do not run: what survives here they may still catch. A fault whose text does not stand in its file
-exactly once is an error, and so are tests that fail without any fault. Exits with 1 where more faults survive than
-`--allow`.
+as those over families of models, do not run: what survives here they may still catch. A fault whose text does not stand
+in its file exactly once is an error, and so are tests that fail without any fault. Exits with 1 where more faults
+survive than `--allow`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "results")
 RANDOM = "tests/spaces/test_random_programs.py"
 NEAR: dict[str, tuple[str, ...]] = {  # by folder or file, the first that fits: the tests that are likely to see a fault
-    "passes/norm": ("tests/passes/norm",),
-    "passes/rotate": ("tests/passes/rotate",),
-    "passes/scale": ("tests/passes/scale/test_smooth.py", "tests/passes/scale/test_equalize.py"),
-    "passes/permute": ("tests/passes/permute",),
+    "passes/norm/raise": ("tests/passes/norm/test_raise_other_norms.py",),
+    "passes/norm/spelled": ("tests/passes/norm/test_raise_other_norms.py", "tests/passes/norm/test_raise_norms.py"),
+    "passes/norm": (),
+    "passes/rotate/scores": ("tests/passes/rotate/test_online.py",),
+    "passes/rotate/inputs": ("tests/passes/rotate/test_online.py",),
+    "passes/rotate": ("tests/passes/rotate/test_stream.py", "tests/passes/rotate/test_online.py"),
+    "passes/scale/equalize": (),
+    "passes/scale": ("tests/passes/scale/test_smooth.py",),
+    "passes/permute": ("tests/passes/permute/test_expand.py", "tests/passes/permute/test_permute.py"),
     "spaces/apply": (
-        "tests/passes/norm",
         "tests/passes/permute/test_untie_embeddings.py",
+        "tests/passes/norm/test_center_norm.py",
         "tests/passes/scale/test_equalize.py",
     ),
     "spaces": ("tests/spaces/test_analysis.py", "tests/spaces/test_rules_between.py", "tests/spaces/test_layout.py"),

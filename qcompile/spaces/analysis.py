@@ -90,8 +90,9 @@ class ChannelSpaces:
         if level is Level.DIAGONAL:
             sign = self.wires.forests[level].find_signed(np.arange(self.wires.count))[1]
         found: dict[int, list[Placement] | None] = {}
+        vectors = self.wires.vectors()
         for use in uses:
-            for number, placement in placements(use, groups, roots, self.wires.instance, sign):
+            for number, placement in placements(use, groups, roots, vectors, sign):
                 have = found.setdefault(number, [])
                 if placement is None or have is None:
                     found[number] = None

@@ -96,12 +96,13 @@ class Groups:
 
 
 def placements(
-    use: Use, groups: Groups, roots: Ids, instance: Ids, sign: NDArray[np.int8] | None
+    use: Use, groups: Groups, roots: Ids, vectors: Ids, sign: NDArray[np.int8] | None
 ) -> Iterator[tuple[int, Placement | None]]:
     """Where groups stand in a use; None for one whose copies there do not line up.
 
-    `roots` and `sign` are of all wires. One copy of a group is wires of one vector, each class once. With a `sign`, for
-    diagonals, each class is scaled by itself and it does not matter which copy is whose.
+    `roots`, `vectors` and `sign` are of all wires. One copy of a group is wires of one vector, each class once; where a
+    vector has a class twice, it is not known which channels go together. With a `sign`, for diagonals, that does not
+    matter: each class is scaled by itself.
     """
     positions = np.nonzero(use.ids >= 0)[0]
     at = groups.index[roots[use.ids[positions]]]
@@ -109,7 +110,7 @@ def placements(
     if at.size == 0:
         return
     group = np.searchsorted(groups.starts, at, "right") - 1
-    slot, vector = at - groups.starts[group], instance[use.ids[positions]]
+    slot, vector = at - groups.starts[group], vectors[use.ids[positions]]
     if sign is not None:
         vector = np.zeros_like(vector)
     order = np.lexsort((slot, vector, group))
@@ -125,11 +126,9 @@ def placements(
     widths = (groups.starts[1:] - groups.starts[:-1])[numbers]
     start, width = (np.repeat(x, ends - first) for x in (first, widths))
     column = (each - start) % width
-    shifted = positions - positions[each - column] == positions[start + column] - positions[start]
     fits = np.logical_and.reduceat(slot == column, first) & ((ends - first) % widths == 0)
-    # no copy takes its channels from two: all are one pattern at different places
     if sign is None:
-        fits &= ~np.logical_or.reduceat(turn > 0, first) | np.logical_and.reduceat(shifted, first)
+        fits &= ~np.logical_or.reduceat(turn > 0, first)
     inverse = None if sign is None else sign[use.ids[positions]] < 0
     for number, a, b, wide, fit in zip(*(x.tolist() for x in (numbers, first, ends, widths, fits)), strict=True):
         flip = None if inverse is None else inverse[a:b].reshape(-1, wide)

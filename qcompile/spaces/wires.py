@@ -116,6 +116,7 @@ class Wires:
     count: int = 0
     instances: int = 0
     instance: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # wires of one vector at one position share it
+    row: Keys = field(default_factory=lambda: np.empty(0, np.uint64))  # which rows of operators a wire was in
     forests: dict[Level, Forest] = field(
         default_factory=lambda: {level: Forest(signed=level is Level.DIAGONAL) for level in EVERY}
     )
@@ -134,6 +135,7 @@ class Wires:
         if self.count > len(self.instance):
             spare = max(self.count, 2 * len(self.instance), 4096) - len(self.instance)
             self.instance = np.concatenate([self.instance, np.full(spare, -1)])
+            self.row = np.concatenate([self.row, np.zeros(spare, np.uint64)])
         numbers = ranks(vectors.ravel())
         self.instance[self.count - vectors.size : self.count] = self.instances + numbers
         self.instances += int(numbers.max()) + 1
@@ -166,9 +168,15 @@ class Wires:
         where = np.broadcast_to(np.asarray(rows, np.int64), ids.shape).ravel()[kept]
         flat = flat[kept]
         keys = mix(where.astype(np.uint64) + np.uint64((event + 1) << 32))
+        if np.size(rows) > 1:
+            np.add.at(self.row, flat, mix(keys))
         for level in levels:
             own = mix(keys ^ self.instance[flat].astype(np.uint64)) if level in MIXING else keys
             self._sites[level].append((flat, own))
+
+    def vectors(self) -> Ids:
+        """For each wire, a number that it shares with the wires of its vector that were in the same rows."""
+        return mix(self.row[: self.count] ^ mix(self.instance[: self.count].astype(np.uint64))).view(np.int64)
 
     def limit(self, levels: tuple[Level, ...], ids: Ids, event: int) -> None:
         """Nothing of these kinds may act on these wires."""

@@ -143,12 +143,17 @@ def _differs(value: torch.Tensor, axis: int) -> bool:
     return bool((value != first).any())
 
 
-def _whole(row: Ids, places: Ids | None, width: int) -> Ids:
-    """Wires along the whole axis of a weight, of which `places` are read."""
+def _whole(walk: Walk, row: Ids, places: Ids | None, width: int) -> Ids:
+    """Wires along the whole axis of a weight, of which `places` are read: each of several copies is a vector."""
     if places is None:
         return row
     ids = np.full(width, -1, np.int64)
-    ids[places] = row
+    if len(places) == 1:
+        ids[places[0]] = row
+        return ids
+    copies = walk.wires.fresh(np.broadcast_to(np.arange(len(places))[:, None], places.shape))
+    walk.wires.join(copies, np.broadcast_to(row, places.shape))
+    ids[places] = np.where(row >= 0, copies, -1)
     return ids
 
 
@@ -167,7 +172,7 @@ def _sink(walk: Walk, node: fx.Node, c: Contraction, rows: Ids, depthwise: bool,
         walk.uses.append(Use("sink", node, rows[0], c.weight, c.axis_out, levels=(Level.DIAGONAL,)))
         walk.share(c.weight, "sink", c.axis_out, rows[0])
         return
-    ids = _whole(rows[0], places, int(c.weight.meta["val"].shape[c.axis_in]))
+    ids = _whole(walk, rows[0], places, int(c.weight.meta["val"].shape[c.axis_in]))
     walk.share(c.weight, "sink", c.axis_in, ids)
     walk.use(Use("sink", node, ids, c.weight, c.axis_in))
 
@@ -186,7 +191,7 @@ def source(
     """The layout of a result that starts at one axis of a weight, or at some places of it."""
     width = int(weight.meta["val"].shape[axis])
     ids = walk.wires.fresh(np.zeros(width if places is None else places.shape[1], np.int64))
-    whole = _whole(ids, places, width)
+    whole = _whole(walk, ids, places, width)
     walk.use(Use("source", node, whole, weight, axis))
     walk.share(weight, "source", axis, whole)
     return along(sizes(node), output_axis, ids)

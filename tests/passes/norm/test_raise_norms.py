@@ -425,6 +425,33 @@ def test_every_spelling(spelling: tuple[str, ...], eps: float, axis: int, seed: 
     assert drift({"z": program(x)}, {"z": expected}) <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("centre", "mean"),
+    [
+        ("aten.mean.dim(x, [1], True)", "aten.div.Tensor(t, 6)"),
+        ("aten.mean.dim(x, [-1], True)", "aten.div.Tensor(t, 7)"),
+        ("aten.mean.dim(x, [-1], True)", "aten.mul.Tensor(t, 0.1)"),
+    ],
+)
+def test_a_mean_over_something_else_is_not_taken_for_one(centre: str, mean: str) -> None:
+    """Less a mean over tokens it is not centred, and a sum over another number than the width is no mean."""
+    program = Program.parse(f"""def main(x: f64[2, 6, 6]):
+    e = {centre}
+    c = aten.sub.Tensor(x, e)
+    p = aten.square.default(c)
+    t = aten.sum.dim_IntList(p, [-1], True)
+    m = {mean}
+    a = aten.add.Tensor(m, 0.01)
+    r = aten.rsqrt.default(a)
+    y = aten.mul.Tensor(c, r)
+    return {{"y": y}}""")
+    x = torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = program(x)
+    PassManager([RaiseNorms()]).run(program)
+    assert op_counts(program)["aten.layer_norm.default"] == 0
+    assert drift({"y": program(x)}, {"y": expected}) <= 1e-12
+
+
 def _rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
