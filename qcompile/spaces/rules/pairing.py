@@ -38,7 +38,11 @@ def multiplied(walk: Walk, node: fx.Node, left: Operand, right: Operand, out: li
         reason = "multiplies channels with what no weight makes" if any(inside) else "multiplies channels"
         return _apart(walk, node, left, right, reason)
     through, other = (a, b) if carried[0] else (b, a)
-    return _through(walk, node, through, other, summed, places)
+    batch = [
+        i for i, name in enumerate(names) if name.split(".")[0] in left.labels and name.split(".")[0] in right.labels
+    ]
+    apart = _heads_apart(through, other, [i for i in batch if i not in summed])
+    return _through(walk, node, apart, other, summed, places)
 
 
 def _apart(walk: Walk, node: fx.Node, left: Operand, right: Operand, reason: str) -> Layout:
@@ -126,6 +130,16 @@ def _paired(walk: Walk, node: fx.Node, a: Ids, b: Ids, summed: list[int]) -> Lay
     for kind, ids in sides:
         walk.uses.append(Use(kind, node, np.moveaxis(ids, summed, range(-len(summed), 0)).ravel()))
     return plain(sizes(node))
+
+
+def _heads_apart(through: Layout, other: Layout, batch: list[int]) -> Layout:
+    """Heads that share their values get wires of their own, for each is mixed over tokens in another way."""
+    shape = list(through.ids.shape)
+    for i in batch:
+        size = _wider(through.axes[i][0], other.axes[i][0])
+        if shape[i] == 1 and other.varies[i] and isinstance(size, int):
+            shape[i] = size
+    return Layout(through.axes, np.broadcast_to(through.ids, shape), through.varies)
 
 
 def _through(
