@@ -131,5 +131,10 @@ def placements(
         fits &= ~np.logical_or.reduceat(turn > 0, first)
     inverse = None if sign is None else sign[use.ids[positions]] < 0
     for number, a, b, wide, fit in zip(*(x.tolist() for x in (numbers, first, ends, widths, fits)), strict=True):
-        flip = None if inverse is None else inverse[a:b].reshape(-1, wide)
-        yield number, Placement(use, positions[a:b].reshape(-1, wide), flip) if fit else None
+        if not fit:
+            yield number, None
+            continue
+        copies = positions[a:b].reshape(-1, wide)
+        order = np.argsort(copies[:, 0])
+        flip = None if inverse is None else inverse[a:b].reshape(-1, wide)[order]
+        yield number, Placement(use, copies[order], flip)

@@ -227,3 +227,90 @@ def test_rotating_scores_alone_is_exact(feeds: Callable[..., dict[str, Tensor]])
     edits.rotate(spaces[Level.ORTHOGONAL][0], RandomOrthogonal(4, 0))
     edits.commit()
     assert drift(program.run(inputs), before) <= 1e-13
+
+
+@pytest.mark.parametrize("order", ["a, d, c, b, f, e", "f, d, c, b, a, e"])
+def test_copies_that_stand_in_another_order_each_time(order: str, feeds: Callable[..., dict[str, Tensor]]) -> None:
+    """Channels 0, 2, 5 move alike, and 1, 3, 4; a product reads them in other pairs than the one that makes them."""
+    slices = "\n".join(f"{n} = aten.slice.Tensor(h, 1, {i}, {i + 1})" for i, n in enumerate("abcdef"))
+    program = parsed(
+        "x: f64[batch, 6]",
+        "w: f64[6, 6], o: f64[5, 2], p: f64[3, 6]",
+        f"""h = aten.linear.default(x, w)
+        {slices}
+        u = aten.cat.default([a, d], 1)
+        v = aten.cat.default([c, b], 1)
+        r = aten.cat.default([f, e], 1)
+        s0 = aten.add.Tensor(u, v)
+        s = aten.add.Tensor(s0, r)
+        y = aten.linear.default(s, o)
+        t = aten.cat.default([{order}], 1)
+        z = aten.linear.default(t, p)""",
+        "y z",
+    )
+    given = feeds(program)
+    before = program.run(given)
+    spaces = channel_spaces(program)
+    edits = Edits(spaces, Report())
+    for space in spaces[Level.ORTHOGONAL]:
+        edits.rotate(space, RandomOrthogonal(space.width, 1))
+    edits.commit()
+    assert drift(program.run(given), before) <= 1e-12
+
+
+@pytest.mark.parametrize("read", ["a", "b"])
+def test_factors_of_what_is_returned_keep_their_scales(read: str) -> None:
+    body = f"""a = aten.linear.default(x, g)
+               b = aten.linear.default(x, u)
+               y = aten.mul.Tensor(a, b)
+               z = aten.linear.default({read}, o)"""
+    spaces = channel_spaces(parsed(X, "g: f64[4, 6], u: f64[4, 6], o: f64[5, 4]", body, "y z"))
+    assert [space for space in spaces[Level.DIAGONAL] if space.sinks] == []
+
+
+def test_one_gate_for_a_head_lets_rotations_pass() -> None:
+    body = """v0 = aten.linear.default(x, v)
+              v1 = aten.unflatten.int(v0, -1, [2, 4])
+              g0 = aten.linear.default(x, g)
+              g1 = aten.unsqueeze.default(g0, -1)
+              m = aten.mul.Tensor(v1, g1)
+              m1 = aten.flatten.using_ints(m, 2, 3)
+              y = aten.linear.default(m1, o)"""
+    spaces = channel_spaces(parsed(X, "v: f64[8, 6], g: f64[2, 6], o: f64[5, 8]", body))
+    assert [space.width for space in spaces[Level.ORTHOGONAL]] == [4, 4]
+
+
+def test_tokens_of_two_products_that_are_joined_move_alike() -> None:
+    body = """a = aten.linear.default(x, v)
+              b = aten.linear.default(x, w)
+              c = aten.cat.default([a, b], 1)
+              y = aten.linear.default(c, o)"""
+    spaces = channel_spaces(parsed(X, "v: f64[4, 6], w: f64[4, 6], o: f64[5, 4]", body))
+    for level in Level:
+        assert sum(space.width for space in spaces[level]) == 4
+        assert all([p.node.name for p in space.sources] == ["a", "b"] for space in spaces[level])
+
+
+def test_parts_of_two_tokens_side_by_side_are_not_mixed(feeds: Callable[..., dict[str, Tensor]]) -> None:
+    """Half a token beside half of the next one: a rotation acts on the halves that belong together."""
+    halves = "\n".join(
+        f"{n}{i} = aten.slice.Tensor({n}, 2, {2 * i}, {2 * i + 2})" for n in ("p", "q") for i in range(2)
+    )
+    program = parsed(
+        "x: f64[batch, 5, 6]",
+        "w: f64[4, 6], o: f64[3, 8]",
+        f"""h = aten.linear.default(x, w)
+        p = aten.slice.Tensor(h, 1, 0, 4)
+        q = aten.slice.Tensor(h, 1, 1, 5)
+        {halves}
+        t = aten.cat.default([p0, q1, q0, p1], 2)
+        y = aten.linear.default(t, o)""",
+    )
+    given = feeds(program)
+    before = program.run(given)
+    spaces = channel_spaces(program)
+    edits = Edits(spaces, Report())
+    for space in spaces[Level.ORTHOGONAL]:
+        edits.rotate(space, RandomOrthogonal(space.width, 1))
+    edits.commit()
+    assert drift(program.run(given), before) <= 1e-12

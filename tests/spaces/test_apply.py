@@ -129,3 +129,21 @@ def test_a_product_that_reads_keys_is_scaled_with_the_queries() -> None:
     assert torch.equal(program.weights["q"], old["q"] * factors[:, None])
     assert torch.equal(program.weights["k"], old["k"] / factors[:, None])
     assert torch.equal(program.weights["o"], old["o"] * factors)
+
+
+def test_a_table_is_parted_where_its_head_changes_rows() -> None:
+    """The embedding reads the same rows, though the analysis has no use of it along them."""
+    program = Program.parse("""def main(ids: i64[batch], *, t: f64[9, 4], o: f64[5, 9]):
+    x = aten.embedding.default(t, ids)
+    h = aten.linear.default(x, t)
+    y = aten.linear.default(h, o)
+    return {"y": y}""")
+    old = program.weights["t"]
+    spaces = channel_spaces(program)
+    edits = Edits(spaces, Report())
+    rows = next(p for s in spaces[Level.DIAGONAL] for p in s.sources if p.node.name == "h")
+    edits.multiply(rows, torch.full((rows.positions.shape[1],), 2.0, dtype=torch.float64))
+    edits.commit()
+    program.verify()
+    assert torch.equal(program.weights["t"], old)
+    assert set(program.weights) == {"t", "o", "t.untied"}

@@ -209,3 +209,13 @@ def test_wires_that_are_joined_share_their_limits() -> None:
     wires.join(np.array([-1, 1]), np.array([0, -1]))
     assert wires.limited(Level.DIAGONAL).tolist() == [1, -1, 1, -1]
     assert wires.limited(Level.PERMUTATION).tolist() == [-1] * 4
+
+
+def test_what_varies_moves_with_its_axis() -> None:
+    assert plain([B, 1, 5]).permuted([1, 0, 2]).varies == (False, True, True)
+
+
+def test_a_merged_axis_has_wires_where_a_part_has() -> None:
+    merged = view(wired([2, 3], 1), [6])
+    assert merged.ids.shape == (1, 3)
+    assert merged.has_wires_along(0)
