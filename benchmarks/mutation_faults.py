@@ -18,7 +18,7 @@ class Fault:
 _NORM, _ROTATE, _SCALE, _PERMUTE = (f"qcompile/passes/{name}" for name in ("norm", "rotate", "scale", "permute"))
 _SPACES, _RULES, _HADAMARD = "qcompile/spaces", "qcompile/spaces/rules", "qcompile/hadamard"
 
-_NORMS = (
+_NORM_FAULTS = (
     Fault(f"{_NORM}/raise_norms.py", "affine[:1]), norm.eps)", "affine[:1]), 1e-05)", "eps is a constant"),
     Fault(
         f"{_NORM}/raise_norms.py", "if norm.scale != 1:", "if norm.scale > 1:", "the factor of an l2 norm is left out"
@@ -94,7 +94,7 @@ _NORMS = (
     ),
 )
 
-_ROTATIONS = (
+_ROTATE_FAULTS = (
     Fault(
         f"{_ROTATE}/rotate.py",
         "if s.width > 1 for p in s.sinks}",
@@ -140,7 +140,7 @@ _ROTATIONS = (
     Fault(f"{_ROTATE}/scores.py", "for operand in places:", "for operand in places[:1]:", "only queries are rotated"),
 )
 
-_SPACES = (
+_SPACE_FAULTS = (
     Fault(
         f"{_SPACES}/apply.py",
         'down = inverse ^ (p.use.kind == "sink")',
@@ -203,7 +203,7 @@ _SPACES = (
     ),
 )
 
-_RULES = (
+_RULE_FAULTS = (
     Fault(
         f"{_RULES}/pointwise.py",
         "for ids in (a, b, out):",
@@ -266,7 +266,7 @@ _RULES = (
     ),
 )
 
-_HADAMARD = (
+_HADAMARD_FAULTS = (
     Fault(
         f"{_HADAMARD}/rotation.py",
         "(None, signs) if inverse else (signs, None)",
@@ -287,7 +287,7 @@ _HADAMARD = (
     ),
 )
 
-_SCALES = (
+_SCALE_FAULTS = (
     Fault(f"{_SCALE}/smooth.py", "weights ** (1 - alpha)", "weights**alpha", "α for 1 − α"),
     Fault(
         f"{_SCALE}/equalize.py",
@@ -303,7 +303,7 @@ _SCALES = (
     ),
 )
 
-_PERMUTATIONS = (
+_PERMUTE_FAULTS = (
     Fault(
         f"{_PERMUTE}/widening.py",
         "return float(eps) * self.space.width / (self.space.width + self.extra)",
@@ -318,4 +318,12 @@ _PERMUTATIONS = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*_NORMS, *_ROTATIONS, *_SPACES, *_RULES, *_HADAMARD, *_SCALES, *_PERMUTATIONS)
+FAULTS: tuple[Fault, ...] = (
+    *_NORM_FAULTS,
+    *_ROTATE_FAULTS,
+    *_SPACE_FAULTS,
+    *_RULE_FAULTS,
+    *_HADAMARD_FAULTS,
+    *_SCALE_FAULTS,
+    *_PERMUTE_FAULTS,
+)

@@ -174,6 +174,11 @@ class Wires:
             own = mix(keys ^ self.instance[flat].astype(np.uint64)) if level in MIXING else keys
             self._sites[level].append((flat, own))
 
+    def part(self, ids: Ids, event: int, number: int) -> None:
+        """These wires are one of several operands: two halves of a vector that are multiplied are no longer one."""
+        flat = np.unique(ids[ids >= 0])
+        self.row[flat] += mix(np.array([(event << 8) + number], np.uint64))
+
     def vectors(self) -> Ids:
         """For each wire, a number that it shares with the wires of its vector that were in the same rows."""
         return mix(self.row[: self.count] ^ mix(self.instance[: self.count].astype(np.uint64))).view(np.int64)

@@ -310,7 +310,8 @@ def test_parts_of_two_tokens_side_by_side_are_not_mixed(feeds: Callable[..., dic
     before = program.run(given)
     spaces = channel_spaces(program)
     edits = Edits(spaces, Report())
-    for space in spaces[Level.ORTHOGONAL]:
-        edits.rotate(space, RandomOrthogonal(space.width, 1))
+    (space,) = spaces[Level.ORTHOGONAL]
+    assert space.sinks[0].positions.tolist() == [[0, 1, 6, 7], [4, 5, 2, 3]]
+    edits.rotate(space, RandomOrthogonal(4, 1))
     edits.commit()
     assert drift(program.run(given), before) <= 1e-12

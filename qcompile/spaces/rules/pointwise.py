@@ -134,8 +134,11 @@ def summed(
     for wired, other, varies in ((wide_a, wide_b, pair.b_varies), (wide_b, wide_a, pair.a_varies)):
         levels = NOT_MIXED if (other < 0).all() and _blind(wired, varies) else EVERY
         walk.wires.limit(levels, np.where(other < 0, wired, -1), event)
-    walk.wires.together(MIXING, pair.a, walk.wires.event(node, "sum"))
-    walk.wires.together(MIXING, pair.b, walk.wires.event(node, "sum"))
+    event = walk.wires.event(node, "sum")
+    walk.wires.together(MIXING, pair.a, event)
+    walk.wires.together(MIXING, pair.b, event, 1)
+    walk.wires.part(pair.a, event, 0)
+    walk.wires.part(pair.b, event, 1)
     if (pair.a < 0).any() or (pair.b < 0).any():
         return pair.layout(np.where(wide_a >= 0, wide_a, wide_b))
     smaller = pair.b if (constant[0] or pair.b.size < pair.a.size) and pair.b.size <= pair.a.size else pair.a
@@ -265,6 +268,8 @@ def _gate(walk: Walk, node: fx.Node, pair: Pair, constant: tuple[bool, bool]) ->
     for ids in (a, b, out):
         walk.wires.limit(VECTOR, ids, event)
         walk.wires.together((Level.PERMUTATION,), ids, event)
+    walk.wires.part(pair.a, event, 0)
+    walk.wires.part(pair.b, event, 1)
     walk.triples.append(Triple(a[both], b[both], out[both], event, constant[1]))
     alone = (leader >= 0) & ~both
     walk.wires.join(leader[alone], out[alone], (Level.DIAGONAL,))

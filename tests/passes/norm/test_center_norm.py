@@ -180,7 +180,7 @@ def test_what_reads_the_stream_with_its_mean(center: Center, extra: str, reason:
 @pytest.mark.parametrize(
     ("move", "reason"),
     [
-        ("aten.roll.default(x, [1], [-1])", "several channels of what n reads must move alike"),
+        ("aten.roll.default(x, [1], [-1])", "what it reads is no space with weights for sources"),
         ("aten.flip.default(x, [-1])", "what it reads is no space with weights for sources"),
     ],
 )
