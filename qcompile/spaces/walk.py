@@ -144,6 +144,7 @@ class Walk:
         vectors = np.where(old >= 0, self.wires.instance[old], -1)
         new = np.where(old >= 0, self.wires.fresh(vectors), -1)
         self.wires.join(old, new)
+        self.wires.same_copy(old, new)
         self.wires.together(MIXING, old, self.wires.event(node, "moves whole vectors"))
         return layout.with_ids(new)
 

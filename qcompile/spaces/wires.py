@@ -117,6 +117,7 @@ class Wires:
     instances: int = 0
     instance: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # wires of one vector at one position share it
     row: Keys = field(default_factory=lambda: np.empty(0, np.uint64))  # which rows of operators a wire was in
+    copies: Forest = field(default_factory=Forest)  # wires of one channel of one copy of a vector
     forests: dict[Level, Forest] = field(
         default_factory=lambda: {level: Forest(signed=level is Level.DIAGONAL) for level in EVERY}
     )
@@ -130,7 +131,7 @@ class Wires:
             return np.empty(vectors.shape, np.int64)
         ids = np.arange(self.count, self.count + vectors.size).reshape(vectors.shape)
         self.count += vectors.size
-        for forest in self.forests.values():
+        for forest in (*self.forests.values(), self.copies):
             forest.grow(self.count)
         if self.count > len(self.instance):
             spare = max(self.count, 2 * len(self.instance), 4096) - len(self.instance)
@@ -174,6 +175,12 @@ class Wires:
             own = mix(keys ^ self.instance[flat].astype(np.uint64)) if level in MIXING else keys
             self._sites[level].append((flat, own))
 
+    def same_copy(self, a: Ids, b: Ids) -> None:
+        """a[i] and b[i] stand in the same place of the same copy of a vector: what parts one parts the other."""
+        a, b = np.broadcast_arrays(a, b)
+        both = (a >= 0) & (b >= 0)
+        self.copies.join(a[both], b[both])
+
     def part(self, ids: Ids, event: int, number: int) -> None:
         """These wires are one of several operands: two halves of a vector that are multiplied are no longer one."""
         flat = np.unique(ids[ids >= 0])
@@ -181,7 +188,10 @@ class Wires:
 
     def vectors(self) -> Ids:
         """For each wire, a number that it shares with the wires of its vector that were in the same rows."""
-        return mix(self.row[: self.count] ^ mix(self.instance[: self.count].astype(np.uint64))).view(np.int64)
+        copy = self.copies.find(np.arange(self.count))
+        rows = np.zeros(self.count, np.uint64)
+        np.add.at(rows, copy, self.row[: self.count])
+        return mix(rows[copy] ^ mix(self.instance[: self.count].astype(np.uint64))).view(np.int64)
 
     def limit(self, levels: tuple[Level, ...], ids: Ids, event: int) -> None:
         """Nothing of these kinds may act on these wires."""

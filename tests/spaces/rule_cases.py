@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, tuple[Widths, Widths, Widths, Widths], str]] = {
     "ones beside tokens": ("r = aten.constant_pad_nd.default(h, [0, 0, 2, 1], 1.0)", ([], [], [], []), "r: puts a number beside tokens"),
     "some tokens": ("r = aten.slice.Tensor(h, 1, 1, 9223372036854775807)", (ALL, ALL, ALL, ALL), ""),
     "some channels": ("u = aten.slice.Tensor(h, -1, 2, 6)\ny = aten.linear.default(u, o4)", ([4, 4], [4, 4], [4, 4], [4, 4]), ""),
-    "two halves read apart": ("u = aten.slice.Tensor(h, -1, 0, 4)\nv = aten.slice.Tensor(h, -1, 4, 8)\nq = aten.silu.default(u)\nr = aten.mul.Tensor(q, v)\ny = aten.linear.default(r, o4)", ([], [4], [], []), "q: silu bends each element; r: multiplies channel by channel"),  # with a bias it is not known which halves of it go together
+    "two halves read apart": ("u = aten.slice.Tensor(h, -1, 0, 4)\nv = aten.slice.Tensor(h, -1, 4, 8)\nq = aten.silu.default(u)\nr = aten.mul.Tensor(q, v)\ny = aten.linear.default(r, o4)", ([4], [4], [], []), "q: silu bends each element; r: multiplies channel by channel"),
     "the first token": ("u = aten.select.int(h, 1, 0)\nr = aten.unsqueeze.default(u, 1)", (ALL, ALL, ALL, ALL), ""),
     "tokens by an index": ("r = aten.index.Tensor(h, [None, i])", (ALL, ALL, ALL, ALL), ""),
     "tokens by index_select": ("r = aten.index_select.default(h, 1, i)", (ALL, ALL, ALL, ALL), ""),

@@ -85,6 +85,7 @@ def _tokens(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layo
         if other.has_wires:
             wide, theirs = np.broadcast_arrays(pair.a, pair.b)
             walk.wires.join(wide, theirs)
+            walk.wires.same_copy(wide, theirs)
             event = walk.wires.event(node, "joins channels with values that no weight makes")
             walk.wires.limit(EVERY, np.where(theirs < 0, wide, -1), event)
             walk.wires.limit(EVERY, np.where(wide < 0, theirs, -1), event)

@@ -157,6 +157,7 @@ def _through(
     vectors = np.where(old >= 0, walk.wires.instance[old] * (rows.max() + 1) + rows, -1)
     new = np.where(old >= 0, walk.wires.fresh(vectors), -1)
     walk.wires.join(old, new)
+    walk.wires.same_copy(old, new)
     ids = new
     for place in sorted(summed, reverse=True):
         ids = ids.squeeze(place)

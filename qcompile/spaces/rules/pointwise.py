@@ -130,6 +130,7 @@ def summed(
         return pair.layout(pair.a if pair.a.size >= pair.b.size else pair.b)
     wide_a, wide_b = np.broadcast_arrays(pair.a, pair.b)
     walk.wires.join(wide_a, wide_b)
+    walk.wires.same_copy(wide_a, wide_b)
     event = walk.wires.event(node, "adds what no weight makes")
     for wired, other, varies in ((wide_a, wide_b, pair.b_varies), (wide_b, wide_a, pair.a_varies)):
         levels = NOT_MIXED if (other < 0).all() and _blind(wired, varies) else EVERY
@@ -261,6 +262,7 @@ def _gate(walk: Walk, node: fx.Node, pair: Pair, constant: tuple[bool, bool]) ->
     leader = np.where(a >= 0, a, b)
     vectors = np.where(leader >= 0, walk.wires.instance[leader], -1)
     out = np.where(leader >= 0, walk.wires.fresh(vectors), -1)
+    walk.wires.same_copy(leader, out)
     walk.wires.join(a, out, (Level.PERMUTATION,))
     walk.wires.join(b, out, (Level.PERMUTATION,))
     weight = "its gain scales each channel" if constant[1] else "multiplies channel by channel"
