@@ -32,6 +32,7 @@ KINDS = {
     "views": "Moves",
     "joining": "Joins, constants",
     "reductions": "Reductions",
+    "online": "Put in by passes",
 }
 
 

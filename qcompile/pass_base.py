@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, fx
+from torch import fx
 
 from qcompile.errors import RecipeError
 from qcompile.ir.program import Program
@@ -36,6 +36,7 @@ class Report:
     rewritten: list[Entry] = field(default_factory=list)
     skipped: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spaces: list[Entry] = field(default_factory=list)  # every channel space and what became of it, alike ones once
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     drift: float | None = None  # max |Δoutput| / max |output| that the pass caused, where it was checked
@@ -101,8 +102,11 @@ class CalibratedPass(Pass):
         raise RecipeError(f"pass {self.name!r} needs calibration data; give data= or a recipe with calibration:")
 
     @abstractmethod
-    def run_calibrated(self, program: Program, batches: Iterable[Tensor]) -> Report:
-        """Edit `program` in place, having run `batches` of token ids ``[batch, sequence]`` through it."""
+    def run_calibrated(self, program: Program, batches: Iterable[Any]) -> Report:
+        """Edit `program` in place, having run `batches` through it: each a `qcompile.data.batches.Batch`.
+
+        That is token ids ``[batch, sequence]`` or inputs by name; ``fill(program, feeds(batch))`` takes either.
+        """
 
 
 PASSES: dict[str, type[Pass]] = {}

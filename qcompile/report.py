@@ -55,9 +55,8 @@ class CompileReport:
         data = json.loads(path.read_text())
         passes = []
         for row in data["passes"]:
-            report = Report(**{k: v for k, v in row.items() if k not in ("rewritten", "skipped")})
-            report.rewritten = [Entry(**e) for e in row["rewritten"]]
-            report.skipped = [Entry(**e) for e in row["skipped"]]
+            lines = {k: [Entry(**e) for e in row.get(k, ())] for k in ("rewritten", "skipped", "spaces")}
+            report = Report(**{**row, **lines})
             passes.append(report)
         return cls(data["plan"], passes, tuple(data["notes"]), data["seconds"])
 

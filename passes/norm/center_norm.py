@@ -17,6 +17,7 @@ from torch import fx
 
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
+from qcompile.passes.norm.affine import tell
 from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
 from qcompile.spaces.apply import Edits
 
@@ -35,19 +36,15 @@ class CenterNorm(Pass):
         report = Report()
         spaces = channel_spaces(program)
         edits = Edits(spaces, report)
-        waiting = program.calls(aten.layer_norm.default)
-        groups = _groups(spaces, waiting)
-        for norms, found in groups:
-            reason = _unfit(spaces, norms, found)
-            if reason is not None:
-                for norm in norms:
-                    report.skip(norm, reason)
-                continue
+        for norms, found in _groups(spaces, program.calls(aten.layer_norm.default)):
             sources = [source for space in found for source in space.sources]
+            reason = _unfit(spaces, norms, found)
+            tell(report, norms, reason, f"an RMS norm now; its mean is folded into {len(sources)} weights")
+            if reason is not None:
+                continue
             for source in sources:
                 edits.centre(source)
             for norm in norms:
-                report.rewrote(norm, f"an RMS norm now; its mean is folded into {len(sources)} weights")
                 _as_rms(program, norm)
         edits.commit()
         return report
@@ -83,7 +80,7 @@ def _unfit(spaces: ChannelSpaces, norms: list[fx.Node], found: list[Space]) -> s
     return None
 
 
-def _as_rms(program: Program, norm: fx.Node) -> fx.Node:
+def _as_rms(program: Program, norm: fx.Node) -> None:
     """The RMS norm that a layer norm is on what has mean zero, with its bias added behind it."""
     x, shape, weight, bias, eps = (
         program.arg(norm, name) for name in ("input", "normalized_shape", "weight", "bias", "eps")
@@ -92,4 +89,3 @@ def _as_rms(program: Program, norm: fx.Node) -> fx.Node:
     if bias is not None:
         result = program.call(aten.add.Tensor, (result, bias), before=norm)
     program.replace(norm, result)
-    return result

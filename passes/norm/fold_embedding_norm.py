@@ -21,10 +21,10 @@ from qcompile.ir.contractions import Embedding, find_embeddings
 from qcompile.ir.edits import EDITABLE, AlongAxis
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
+from qcompile.passes.norm.affine import NORMS, computed, vectors
 from qcompile.spaces.apply import part_weight
 
 aten = torch.ops.aten
-_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 
 @register
@@ -39,7 +39,7 @@ class FoldEmbeddingNorm(Pass):
         report = Report()
         tables = {found.node: found for found in find_embeddings(program)}
         lookups = _made_of(program, set(tables))
-        for norm in program.calls(*_NORMS):
+        for norm in program.calls(*NORMS):
             x = program.arg(norm, "input")
             if x not in lookups:
                 continue
@@ -78,15 +78,7 @@ def _unfit(program: Program, norm: fx.Node, found: Embedding | None, x: fx.Node)
         return "it normalises more than the features of a row"
     if norm.meta["val"].dtype != value.dtype or value.dtype not in EDITABLE:
         return f"it makes {norm.meta['val'].dtype} of {value.dtype} rows"
-    for name in _vectors(norm):
-        vector = program.arg(norm, name)
-        if vector is not None and not program.is_weight(vector):
-            return f"its {name} {vector.name} is computed; raise-norms stores it"
-    return None
-
-
-def _vectors(norm: fx.Node) -> tuple[str, ...]:
-    return ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",)
+    return computed(program, norm)
 
 
 def _fold(program: Program, norm: fx.Node, found: Embedding, report: Report) -> None:
@@ -101,7 +93,7 @@ def _fold(program: Program, norm: fx.Node, found: Embedding, report: Report) -> 
 def _normaliser(program: Program, norm: fx.Node, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The norm on rows ``[…, features]``, in float64 inside."""
     gain, bias = [
-        None if name not in _vectors(norm) or (v := program.arg(norm, name)) is None else program.weight(v).double()
+        None if name not in vectors(norm) or (v := program.arg(norm, name)) is None else program.weight(v).double()
         for name in ("weight", "bias")
     ]
     eps = program.arg(norm, "eps")

@@ -8,7 +8,8 @@
 
 Exact. Afterwards nothing scales the channels between the norm and its readers, and rotations may pass. A gain is
 folded where all that its channels meet are weights of products; a reader without a bias gets one where β asks for it.
-Where a reader can have none (experts, convolutions), the bias stays on the norm as β/γ.
+Where a reader can have none (experts, convolutions), the bias stays on the norm as β/γ. A bias without a gain is folded
+as one beside a gain of 1.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.edits import AlongAxis
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
+from qcompile.passes.norm.affine import NORMS, affine, computed, tell
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space, channel_spaces
 from qcompile.spaces.apply import Edits
 
 aten = torch.ops.aten
 _SMALLEST = 1e-6  # of the largest gain: what is divided by less would grow out of proportion
-_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 
 
 @register
@@ -41,33 +42,50 @@ class FoldNormAffine(Pass):
     def run(self, program: Program) -> Report:
         """Fold each norm; those that stay are reported with the operator that keeps them."""
         report = Report()
+        lent = _lend_gains(program)
         spaces = channel_spaces(program)
         edits = Edits(spaces, report)
         products = {c.node: c for c in find_contractions(program)}
         gains: dict[fx.Node, list[fx.Node]] = {}
-        for norm in program.calls(*_NORMS):
-            vectors = affine(program, norm)
-            if vectors:
+        for norm in program.calls(*NORMS):
+            if (reason := computed(program, norm)) is not None:
+                report.skip(norm, reason)
+            elif vectors := affine(program, norm):
                 gains.setdefault(vectors[0], []).append(norm)
         for norms in gains.values():
-            reason = _fold(program, norms, spaces, edits, products)
-            for norm in norms:
-                if reason is None:
-                    report.rewrote(norm, "folded into what reads it")
-                else:
-                    report.skip(norm, reason)
+            reason = _fold(program, norms, spaces, edits, products, lent)
+            tell(report, norms, reason, "folded into what reads it")
         edits.commit()
+        for norm in program.calls(*NORMS):
+            if program.arg(norm, "weight") in lent:
+                program.set_arg(norm, "weight", None)
         return report
 
 
-def affine(program: Program, norm: fx.Node) -> list[fx.Node]:
-    """A norm's gain and bias, where they are weights."""
-    names = ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",)
-    return [v for name in names if program.is_weight(v := program.arg(norm, name))]
+def _lend_gains(program: Program) -> set[fx.Node]:
+    """Give norms that have a bias only a gain of 1 for as long as the pass runs; one for each bias."""
+    lent: dict[fx.Node, fx.Node] = {}
+    for norm in program.calls(aten.layer_norm.default):
+        bias = program.arg(norm, "bias")
+        if program.arg(norm, "weight") is None and program.is_weight(bias):
+            if bias not in lent:
+                key = f"{program.key(bias)}.gain"
+                while key in program.weights:
+                    key += "_"
+                value = bias.meta["val"]
+                ones = torch.ones(value.shape, dtype=value.dtype)
+                lent[bias] = program.add_weight(key, ones, module=program.module_of(norm))
+            program.set_arg(norm, "weight", lent[bias])
+    return set(lent.values())
 
 
 def _fold(
-    program: Program, norms: list[fx.Node], spaces: ChannelSpaces, edits: Edits, products: dict[fx.Node, Contraction]
+    program: Program,
+    norms: list[fx.Node],
+    spaces: ChannelSpaces,
+    edits: Edits,
+    products: dict[fx.Node, Contraction],
+    lent: set[fx.Node],
 ) -> str | None:
     """Fold norms that share a gain; the reason why they are left alone otherwise."""
     vectors = affine(program, norms[0])
@@ -80,24 +98,23 @@ def _fold(
         return "it shares its gain with a norm that has another bias"
     if (reason := _unfit(space, vectors, norms, spaces, products)) is not None:
         return reason
-    gain = next((program.weight(v) for v in vectors if v is program.arg(norms[0], "weight")), None)
-    shift = next((v for v in vectors if v is not program.arg(norms[0], "weight")), None)
-    if shift is not None and not all(_takes_bias(products[sink.node], sink) for sink in space.sinks):
-        if gain is None:
+    gain = program.weight(vectors[0])
+    shift = vectors[1] if len(vectors) > 1 else None
+    goes = all(_takes_bias(products[sink.node], sink) for sink in space.sinks)
+    if shift is not None and not goes:
+        if vectors[0] in lent:
             return "it has no gain to fold, and its bias does not fit all that read it"
         if not bool((gain.abs() > gain.abs().max() * _SMALLEST).all()):
             return "its bias does not fit all that read it, and cannot stay: a gain is zero"
         program.edit_weight(shift, AlongAxis(0, _Divided(gain)))  # n·γ + β = (n + β/γ)·γ
-        shift = None
-        vectors = vectors[:1]
     for sink in space.sinks:
-        if shift is not None:
+        if shift is not None and goes:
             _add_to_bias(program, products[sink.node], program.weight(shift), sink.positions[0])
-        if gain is not None:
+        if vectors[0] not in lent:
             edits.multiply(sink, gain)
     for norm in norms:
         program.set_arg(norm, "weight", None)
-        if norm.target is aten.layer_norm.default and len(vectors) > 1:
+        if shift is not None and goes:
             program.set_arg(norm, "bias", None)
     return None
 
@@ -129,7 +146,6 @@ def _unfit(
         return "some of its channels must move alike"
     if not space.sinks:
         return "nothing that reads it is a product with a weight"
-    wires = space.sinks[0].use.ids
     for sink in space.sinks:
         wires = sink.use.ids[sink.positions.ravel()]
         for limit in spaces.all_limits(Level.LINEAR, wires):

@@ -17,6 +17,7 @@ Gemma, because 1 + γ rounded to bfloat16 would be another model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import SHORT
 from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.cleanup.constants import Constants
+from qcompile.passes.norm.affine import NORMS, vectors
 from qcompile.passes.norm.spelled import SpelledNorm, recognise, roots, strip_casts
 
 aten = torch.ops.aten
@@ -53,16 +55,11 @@ class RaiseNorms(Pass):
         """Raise every norm, and store the weights of those that are operators already but compute theirs."""
         report = Report()
         constants = Constants(program, MAX_WEIGHT)
-        for root in roots(program):
-            found = recognise(program, root, constants)
-            if isinstance(found, str):
-                report.skip(root, found)
-            elif found is not None:
-                raise_norm(program, found, constants, report)
+        raise_spelled(program, constants, report)
         for other in program.calls(*_OTHERS):
             report.skip(other, _OTHERS[other.target])
-        for norm in program.calls(aten.rms_norm.default, aten.layer_norm.default):
-            for name in ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",):
+        for norm in program.calls(*NORMS):
+            for name in vectors(norm):
                 value = program.arg(norm, name)
                 if value is None or program.is_weight(value):
                     continue
@@ -74,7 +71,23 @@ class RaiseNorms(Pass):
         return report
 
 
-def raise_norm(program: Program, norm: SpelledNorm, constants: Constants, report: Report) -> None:
+def raise_spelled(
+    program: Program,
+    constants: Constants,
+    report: Report,
+    unwanted: Callable[[SpelledNorm], str | None] = lambda norm: None,
+) -> None:
+    """Raise every norm that is spelled out, but those that `unwanted` has a reason to leave as they are."""
+    for root in roots(program):
+        found = recognise(program, root, constants)
+        reason = unwanted(found) if isinstance(found, SpelledNorm) else found
+        if reason is not None:
+            report.skip(root, reason)
+        elif isinstance(found, SpelledNorm):
+            _raise(program, found, constants, report)
+
+
+def _raise(program: Program, norm: SpelledNorm, constants: Constants, report: Report) -> None:
     """Let every reader of a norm that is spelled out read one operator."""
     name = "layer_norm" if norm.centred else "rms_norm"
     said = f"{name} over {norm.width}, eps {norm.eps:g}"

@@ -16,8 +16,8 @@ from typing import ClassVar
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.cleanup.constants import Constants
-from qcompile.passes.norm.raise_norms import MAX_WEIGHT, raise_norm
-from qcompile.passes.norm.spelled import recognise, roots
+from qcompile.passes.norm.raise_norms import MAX_WEIGHT, raise_spelled
+from qcompile.passes.norm.spelled import SpelledNorm
 
 
 @register
@@ -30,15 +30,11 @@ class ReplaceRmsNorm(Pass):
     def run(self, program: Program) -> Report:
         """Replace each; other norms that are spelled out are reported."""
         report = Report()
-        constants = Constants(program, MAX_WEIGHT)
-        for root in roots(program):
-            found = recognise(program, root, constants)
-            if isinstance(found, str):
-                report.skip(root, found)
-            elif found is None:
-                continue
-            elif found.centred or found.scale != 1:
-                report.skip(root, f"{'a layer norm' if found.centred else 'an l2 norm'}; raise-norms raises it")
-            else:
-                raise_norm(program, found, constants, report)
+        raise_spelled(program, Constants(program, MAX_WEIGHT), report, _other)
         return report
+
+
+def _other(norm: SpelledNorm) -> str | None:
+    if not norm.centred and norm.scale == 1:
+        return None
+    return f"{'a layer norm' if norm.centred else 'an l2 norm'}; raise-norms raises it"

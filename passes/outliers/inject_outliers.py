@@ -3,8 +3,9 @@
     n = rms_norm(x, [d], γ, ε)                n = rms_norm(x, [d], γ·s, ε)
     y = linear(n, W)                   ⟶      y = linear(n, W·diag(1/s))         s = gain at a few channels, else 1
 
-Exact in real arithmetic, and to rounding in floating point. Large models grow such channels by themselves; a small one
-with injected ones shows what they do to quantization, and what the passes that remove them are worth.
+Exact in real arithmetic, and to rounding in floating point. A norm without a gain gets one. Large models grow such
+channels by themselves; a small one with injected ones shows what they do to quantization, and what the passes that
+remove them are worth. Folding the gains removes these; inject-stream-outliers and inject-input-outliers make others.
 """
 
 from __future__ import annotations
@@ -72,10 +73,16 @@ class InjectOutliers(Pass):
         return scale
 
     def _inject(self, program: Program, norm: fx.Node, sinks: dict[fx.Node, int], scale: Tensor) -> None:
-        for name in ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",):
-            source = program.arg(norm, name)
-            if source is not None:
-                _multiply(program, source, scale, 0)
+        if program.arg(norm, "weight") is None:
+            key = f"{program.module_of(norm) or norm.name}.outliers"
+            if key in program.weights:  # a module that runs twice
+                key = f"{key}.{norm.name}"
+            gain = program.add_weight(key, scale.to(norm.meta["val"].dtype), program.module_of(norm))
+            program.set_arg(norm, "weight", gain)
+        else:
+            _multiply(program, program.arg(norm, "weight"), scale, 0)
+        if norm.target is aten.layer_norm.default and program.arg(norm, "bias") is not None:
+            _multiply(program, program.arg(norm, "bias"), scale, 0)
         for weight, axis in sinks.items():
             _multiply(program, weight, scale.reciprocal(), axis)
 
@@ -93,10 +100,10 @@ def _sinks(program: Program, norm: fx.Node, by_node: dict[fx.Node, list[Contract
         return "it normalises more than one axis"
     for name in ("weight", "bias") if norm.target is aten.layer_norm.default else ("weight",):
         source = program.arg(norm, name)
-        if source is None and name == "bias":
+        if source is None:
             continue
         if not program.is_weight(source):
-            return f"its {name} {'is computed' if source is not None else 'is missing'}, so no gain can be scaled"
+            return f"its {name} is computed, so no gain can be scaled"
         if len(source.users) > 1:
             others = _names(user for user in source.users if user is not norm)
             return f"its {name} {program.key(source)!r} is shared with {others}"

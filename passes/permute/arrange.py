@@ -17,6 +17,7 @@ from qcompile.passes.permute.kinds import Kind, kind_of
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space
 from qcompile.spaces.apply import Edits
 from qcompile.spaces.layout import Layout
+from qcompile.spaces.show import account, describe, left_alone
 
 Arrangement = Literal["sorted", "even"]
 Score = Callable[[Placement], Tensor]
@@ -64,14 +65,18 @@ def arrange(
     """Order every space of the wanted kinds by `combine` of its sinks' scores; what keeps its order is reported."""
     edits = Edits(spaces, report)
     reached: set[fx.Node] = set()
+    fates: dict[Space, str] = {}
     for space in spaces[Level.PERMUTATION]:
-        if space.width == 1:
-            continue
         reached |= {p.node for p in space.sinks}
-        if (kind := kind_of(space)) not in how.kinds or not _made_by_products(space):
+        if (kind := kind_of(space)) not in how.kinds:
+            fates[space] = left_alone(f"{kind}=false")
+            continue
+        if not _made_by_products(space):
+            fates[space] = left_alone("no matrix or table makes it")
             continue
         if (reason := how.unfit(space)) is not None:
             report.skip(space.name, reason)
+            fates[space] = left_alone(reason)
             continue
         scores = combine([score(sink) for sink in space.sinks])
         if not bool(scores.isfinite().all()):
@@ -79,8 +84,10 @@ def arrange(
         order = how.order(scores)
         moved = int((order != torch.arange(space.width)).sum())
         edits.permute(space, order)
+        fates[space] = f"{kind}: {how.arrange} by the score of {len(space.sinks)} sinks"
         report.rewrote(space.name, f"{kind}: {moved} of {space.width} channels moved, {len(space.sinks)} sinks")
     _left_alone(spaces, reached, report)
+    report.spaces = account(spaces, describe(spaces), Level.PERMUTATION, fates)
     edits.commit()
 
 
@@ -94,8 +101,9 @@ def _left_alone(spaces: ChannelSpaces, reached: set[fx.Node], report: Report) ->
     for product in find_contractions(spaces.program):
         if product.node in reached:
             continue
-        behind = _behind(spaces, product.input)
+        behind, ends = _behind(spaces, product.input)
         limits = [limit for layout in behind for limit in spaces.all_limits(Level.PERMUTATION, layout.ids)]
+        limits = [limit for limit in limits if limit.node in ends] or limits  # what stands between comes first
         if limits:
             report.skip(product.node, "; ".join(dict.fromkeys(map(str, limits[:3]))))
         elif behind:
@@ -104,18 +112,21 @@ def _left_alone(spaces: ChannelSpaces, reached: set[fx.Node], report: Report) ->
             report.skip(product.node, "reads no channels that a weight makes")
 
 
-def _behind(spaces: ChannelSpaces, node: fx.Node) -> list[Layout]:
-    """The channels that a node holds; where it has none, those nearest to it among what it is computed from."""
+def _behind(spaces: ChannelSpaces, node: fx.Node) -> tuple[list[Layout], set[fx.Node]]:
+    """The channels that a node holds, or those nearest to it among what it is computed from; what ends them."""
     found: list[Layout] = []
-    seen, waiting = {node}, [node]
+    ends: set[fx.Node] = set()
+    seen, waiting = {node}, [(node, node)]
     while waiting:
-        layout = spaces.layouts.get(here := waiting.pop())
+        here, reader = waiting.pop()
+        layout = spaces.layouts.get(here)
         if isinstance(layout, Layout) and layout.has_wires:
             found.append(layout)
+            ends |= {reader} - {here}
             continue
-        waiting += [n for n in here.all_input_nodes if n not in seen]
+        waiting += [(n, here) for n in here.all_input_nodes if n not in seen]
         seen |= set(here.all_input_nodes)
-    return found
+    return found, ends
 
 
 def channels(values: Tensor, sink: Placement, copies: Literal["max", "sum"]) -> Tensor:

@@ -47,14 +47,14 @@ Grown = tuple[int, Growth]
 
 def of_layout(spaces: ChannelSpaces, space: Space, layout: Layout, extra: int) -> Grown | str | None:
     """How a tensor grows with its space's channels; the reason why it cannot; None where it has none of them."""
-    roots = np.where(layout.ids >= 0, spaces.wires.forests[Level.PERMUTATION].find(np.maximum(layout.ids, 0)), -1)
+    roots = np.where(layout.ids >= 0, spaces.wires.forest(Level.PERMUTATION).find(np.maximum(layout.ids, 0)), -1)
     inside = np.isin(roots, space.wires)
     if not inside.any():
         return None
     flat = layout.all_flat()
     if flat is None:
         return "has channels and tokens in one axis"
-    roots = np.where(flat.ids >= 0, spaces.wires.forests[Level.PERMUTATION].find(np.maximum(flat.ids, 0)), -1)
+    roots = np.where(flat.ids >= 0, spaces.wires.forest(Level.PERMUTATION).find(np.maximum(flat.ids, 0)), -1)
     roots = np.where(np.isin(roots, space.wires), roots, -1)
     axes = [i for i in range(roots.ndim) if (roots != roots.take([0], i)).any()]
     if len(axes) != 1:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from qcompile.data.batches import Batch, feeds, token_mask, tokens_in
+from qcompile.data.padding import Padding
 from qcompile.errors import QCompileError
 from qcompile.ir.contractions import find_contractions
 from qcompile.ir.program import Program
@@ -53,7 +56,7 @@ class PermuteByHessian(CalibratedPass):
         """Run the batches once, then permute; the report is that of permute."""
         how = Arrange(wanted(self.stream, self.heads, self.hidden), self.arrange, self.group, self.descending)
         report = Report()
-        diagonals = second_moments(program, batches)
+        diagonals = second_moments(program, batches, report)
 
         def score(sink: Placement) -> Tensor:
             return channels(diagonals[sink.node], sink, "sum")
@@ -65,8 +68,10 @@ class PermuteByHessian(CalibratedPass):
         return report
 
 
-def second_moments(program: Program, batches: Iterable[Tensor]) -> dict[fx.Node, Tensor]:
+def second_moments(program: Program, batches: Iterable[Batch], report: Report) -> dict[fx.Node, Tensor]:
     """For each product with a weight, diag(XᵀX) over all its input's tokens: float64 [input features].
+
+    Padding is left out; the report is told where it could not be.
 
     Raises QCompileError for data without tokens.
     """
@@ -76,16 +81,18 @@ def second_moments(program: Program, batches: Iterable[Tensor]) -> dict[fx.Node,
         inputs.setdefault(c.input, set()).add(c.input_axis)
     sums: dict[tuple[fx.Node, int], Tensor] = {}
 
-    def observe(node: fx.Node, value: Any) -> None:
+    def observe(node: fx.Node, value: Any, mask: Tensor | None) -> None:
         for axis in inputs.get(node, ()):
-            rows = value.detach().double().movedim(axis, -1).flatten(0, -2)
+            rows = padding.tokens_of(node, value.detach(), mask).double().movedim(axis, -1).flatten(0, -2)
             found = rows.square().sum(0)
             sums[node, axis] = sums[node, axis] + found if (node, axis) in sums else found
 
-    tokens = 0
+    tokens, padding = 0, Padding(program)
     for batch in track(batches, "looking at channels"):
-        run(program, fill(program, {"input_ids": batch}), observe)
-        tokens += batch.numel()
+        run(program, fill(program, feeds(batch)), partial(observe, mask=token_mask(batch)))
+        tokens += tokens_in(batch)
+    for note in padding.notes():
+        report.note(note)
     if not tokens:
         raise QCompileError("the calibration data has no tokens; give data= with at least one batch")
     return {c.node: sums[c.input, c.input_axis] for c in products}

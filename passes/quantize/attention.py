@@ -19,13 +19,13 @@ from torch import fx
 
 from qcompile.ir.attention import Attention, Operand, survey_attention
 from qcompile.ir.contractions import Obstacle
-from qcompile.ir.moves import moved, rank
+from qcompile.ir.moves import let_reshape, moved, rank
 from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
 from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.quantize.fit_value import fit_value
 from qcompile.passes.quantize.insert_qdq import quantize_value
-from qcompile.passes.quantize.spell_attention import let_reshape, spell_out, why_not
+from qcompile.passes.quantize.spell_attention import spell_out, why_not
 from qcompile.recipe.specs import activation_spec
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.ir.moves import moved
+from qcompile.ir.moves import let_reshape
 from qcompile.ir.program import Program
 
 aten = torch.ops.aten
@@ -66,18 +66,6 @@ def spell_out(program: Program, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     let_reshape(program, node)
     program.replace(node, result)
     return softmax, product
-
-
-def let_reshape(program: Program, node: fx.Node) -> None:
-    """Turn the views of a result into reshapes, for it may be laid out anew.
-
-    A fused attention lays its result out as its queries are, and heads that were moved there make a view of what is
-    moved back. A product does not, and values that were rounded are laid out as their shape says.
-    """
-    for user in node.users:
-        if moved(program, user) is node:
-            user.target = aten.reshape.default if user.target is aten.view.default else user.target
-            let_reshape(program, user)
 
 
 def _repeated(x: fx.Node, heads: int, call: Callable[..., fx.Node]) -> fx.Node:

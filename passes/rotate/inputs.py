@@ -19,7 +19,7 @@ from qcompile.hadamard.construct import HadamardError, hadamard_for
 from qcompile.hadamard.rotation import Hadamard, Rotation
 from qcompile.ir.contractions import Contraction
 from qcompile.ir.edits import WeightEdit
-from qcompile.ir.moves import MOVES, axis_back, moved
+from qcompile.ir.moves import axis_back, moved, readers
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces.apply import part_weight
@@ -41,11 +41,11 @@ class Place:
 
 def rotate_inputs(program: Program, products: Iterable[Contraction], block: int | None, report: Report) -> int:
     """Rotate the inputs of `products`. Returns how many transforms the program has more; the rest is in the report."""
-    readers: dict[tuple[fx.Node, int], list[Contraction]] = {}
+    groups: dict[tuple[fx.Node, int], list[Contraction]] = {}
     for c in products:
-        readers.setdefault((c.input, c.input_axis), []).append(c)
+        groups.setdefault((c.input, c.input_axis), []).append(c)
     places: list[Place] = []
-    for (x, axis), same in readers.items():
+    for (x, axis), same in groups.items():
         place = _place(program, x, axis, same, block)
         for c in same:
             if isinstance(place, str):
@@ -99,7 +99,7 @@ def _rotate_weights(program: Program, places: list[Place], report: Report) -> No
             wanted.setdefault(c.weight, {}).setdefault((c.axis_in, place.size), []).append(c.node)
     for weight, wishes in wanted.items():
         rotated = {node for nodes in wishes.values() for node in nodes}
-        kept = [reader for reader in _readers(weight) if reader not in rotated]
+        kept = [reader for reader in readers(weight) if reader not in rotated]
         groups = list(wishes.items())
         parted = groups if kept else groups[1:]  # what is not rotated keeps the weight as it is
         copies = {key: part_weight(program, weight, nodes, report) for key, nodes in parted}
@@ -119,6 +119,10 @@ class Rotated(WeightEdit):
         """The weight after the rotation."""
         return self.rotation.apply(tensor, self.axis)
 
+    def apply_into(self, tensor: Tensor, spare: Tensor) -> Tensor:
+        """As `apply`, in the memory of these two where that can be."""
+        return self.rotation.apply_into(tensor, self.axis, spare)
+
 
 def _before_moves(
     program: Program, x: fx.Node, axis: int, same: list[Contraction]
@@ -132,16 +136,3 @@ def _before_moves(
             break
         x, axis, followers = source, back, [x]
     return x, axis, followers
-
-
-def _readers(weight: fx.Node) -> list[fx.Node]:
-    """The calls that use a weight, past moves."""
-    found: list[fx.Node] = []
-    todo = list(weight.users)
-    while todo:
-        user = todo.pop()
-        if user.target in MOVES:
-            todo += user.users
-        else:
-            found.append(user)
-    return found

@@ -20,13 +20,15 @@ from torch import fx
 
 from qcompile.hadamard.construct import HadamardError
 from qcompile.hadamard.rotation import Hadamard, RandomOrthogonal, Rotation
+from qcompile.ir.attention import find_attention
 from qcompile.ir.contractions import Contraction, find_contractions, roles
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report, register
-from qcompile.passes.rotate.inputs import rotate_inputs
+from qcompile.passes.rotate.inputs import TRANSFORM, rotate_inputs
 from qcompile.passes.rotate.scores import rotate_scores
-from qcompile.spaces import ChannelSpaces, Level, channel_spaces
+from qcompile.spaces import ChannelSpaces, Level, Space, channel_spaces
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.show import account, describe, left_alone
 
 
 @register
@@ -57,23 +59,26 @@ class Rotate(Pass):
 
     def run(self, program: Program) -> Report:
         """Rotate; the report has every space, rotated or left alone because of which operator."""
-        report = Report()
-        spaces = channel_spaces(program)
+        report, spaces = Report(), channel_spaces(program)
+        found, fates = describe(spaces), {}
         edits = Edits(spaces, report)
         counts = {"R1": 0, "R2": 0, "R3": 0, "R4": 0}
         heads: dict[int, Rotation] = {}
         for space in spaces[Level.ORTHOGONAL]:
             which = "R1" if space.is_stream else "R2"
-            if space.width == 1 or not space.sinks or not (self.stream if which == "R1" else self.heads):
+            if (reason := self._passed_over(space)) is not None:
+                fates[space] = left_alone(reason)
                 continue
             try:
                 rotation = self._rotation(space.width, self.seed + counts["R1"]) if which == "R1" else None
                 rotation = rotation or heads.setdefault(space.width, self._rotation(space.width, self.seed))
             except HadamardError as error:
                 report.skip(space.name, str(error))
+                fates[space] = left_alone(str(error))
                 continue
             edits.rotate(space, rotation)
             counts[which] += 1
+            fates[space] = f"{which}: {rotation}"
             report.rewrote(space.name, f"{which}: {rotation}, {len(space.sources)} sources, {len(space.sinks)} sinks")
         self._left_alone(spaces, report)
         edits.commit()
@@ -83,7 +88,16 @@ class Rotate(Pass):
             fixed = {p.node for s in spaces[Level.ORTHOGONAL] if s.width > 1 for p in s.sinks}
             counts["R4"] = rotate_inputs(program, online_products(program, report, fixed), self.block, report)
         report.measure("rotations", {k: float(v) for k, v in counts.items()})
+        report.spaces = account(spaces, found, Level.ORTHOGONAL, fates, _online(program))
         return report
+
+    def _passed_over(self, space: Space) -> str | None:
+        """Why a space that may be rotated is not."""
+        if not space.sinks:
+            return "no product reads it"
+        if not (self.stream if space.is_stream else self.heads):
+            return f"{'stream' if space.is_stream else 'heads'}=false"
+        return "one channel has nothing to mix with" if space.width == 1 else None
 
     def _rotation(self, width: int, seed: int) -> Rotation:
         if self.mode == "random":
@@ -101,6 +115,13 @@ class Rotate(Pass):
             if reasons and reasons not in said:
                 said.add(reasons)
                 report.skip(use.node, reasons)
+
+
+def _online(program: Program) -> set[str]:
+    """Names of products and attentions that read what is rotated when the model runs."""
+    read = [(c.node, c.input) for c in find_contractions(program)]
+    read += [(found.context, found.query.source) for found in find_attention(program)]
+    return {node.name for node, source in read if source.target is TRANSFORM}
 
 
 def online_products(program: Program, report: Report, fixed: set[fx.Node]) -> list[Contraction]:

@@ -12,10 +12,10 @@ from torch import fx
 
 from qcompile.hadamard.construct import HadamardError, hadamard_for
 from qcompile.ir.attention import Operand, find_attention
+from qcompile.ir.moves import let_reshape
 from qcompile.ir.program import Program
 from qcompile.ir.state import state_pairs
 from qcompile.pass_base import Report
-from qcompile.passes.quantize.spell_attention import let_reshape
 
 aten = torch.ops.aten
 TRANSFORM = torch.ops.qcompile.hadamard.default

@@ -69,7 +69,7 @@ class AwqScale(CalibratedPass):
         found = [s for s in scalable(program, spaces, reasons) if self._fits(program, s, spec, reasons)]
         inputs = dict.fromkeys(r.input for s in found for r in self._counted(s))
         samples = {place: Sample(self.rows, self.seed + i) for i, place in enumerate(inputs)}
-        tokens = watch(program, samples, batches)
+        tokens = watch(program, samples, batches, report)
         edits = Edits(spaces, report)
         for space in track(found, "choosing scales"):
             space.divide(edits, self._choose(program, space, spec, samples, report))

@@ -11,11 +11,12 @@ Through Weight Equalization and Bias Correction", section 4.1, with s in place o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.errors import RecipeError
 from qcompile.ir.contractions import find_contractions
@@ -24,8 +25,9 @@ from qcompile.pass_base import Pass, Report, register
 from qcompile.passes.scale.ranges import Measure, Sides, Simulation, sides_of
 from qcompile.passes.scale.readers import tell_left_alone
 from qcompile.progress import track
-from qcompile.spaces import Level, channel_spaces
+from qcompile.spaces import Level, Space, channel_spaces
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.show import account, describe, left_alone
 
 
 @register
@@ -69,12 +71,17 @@ class Equalize(Pass):
             change = max(moved, default=0.0)
             if change <= self.tolerance:
                 break
-        edits = Edits(spaces, report)
+        edits, fates = Edits(spaces, report), {}
         for sides, total in zip(found, totals, strict=True):
             edits.scale(sides.space, total)
             least, most = float(total.min()), float(total.max())
             report.rewrote(sides.space.name, f"{sides.space.width} channels times {least:.3g} to {most:.3g}")
             report.measure(sides.space.name, {"least": least, "most": most})
+            fates[sides.space] = f"equalized between {len(sides.counted)} weights"
+        for space in spaces[Level.DIAGONAL]:
+            if space not in fates:
+                fates[space] = left_alone(_why(space, reasons))
+        report.spaces = account(spaces, describe(spaces), Level.DIAGONAL, fates)
         edits.commit()
         tell_left_alone(spaces, find_contractions(program), [s.space for s in found], reasons, report)
         report.note(f"{rounds} rounds; the last one moved ln s by {change:.1e} at most")
@@ -87,3 +94,8 @@ class Equalize(Pass):
         state.scale(sides, step)
         total.copy_(wanted)
         return float(step.log().abs().max())
+
+
+def _why(space: Space, reasons: Mapping[fx.Node, str]) -> str:
+    """Why a space that may be scaled is not equalized."""
+    return next((reasons[p.node] for p in space.sinks if p.node in reasons), "no product reads it")

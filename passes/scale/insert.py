@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.edits import AlongAxis
-from qcompile.ir.moves import MOVES
+from qcompile.ir.moves import readers
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces.apply import part_weight
@@ -79,22 +79,9 @@ def insert_factors(program: Program, products: list[Contraction], factors: Tenso
 def _edit(program: Program, mine: list[Contraction], factors: Tensor, report: Report) -> None:
     """Multiply the columns of one weight, for these readers only."""
     weight, nodes = mine[0].weight, [c.node for c in mine]
-    if any(reader not in nodes for reader in _readers(weight)):
+    if any(reader not in nodes for reader in readers(weight)):
         weight = part_weight(program, weight, nodes, report)
     program.edit_weight(weight, AlongAxis(mine[0].axis_in, lambda vectors: vectors * factors.to(vectors)))
-
-
-def _readers(weight: fx.Node) -> list[fx.Node]:
-    """The calls that use a weight, past moves."""
-    found: list[fx.Node] = []
-    todo = list(weight.users)
-    while todo:
-        user = todo.pop()
-        if user.target in MOVES:
-            todo += user.users
-        else:
-            found.append(user)
-    return found
 
 
 def _free_key(program: Program, product: Contraction) -> str:

@@ -32,8 +32,9 @@ from qcompile.passes.scale.readers import (
     tell_left_alone,
 )
 from qcompile.passes.scale.watch import Peaks, Watched, watch
-from qcompile.spaces import channel_spaces
+from qcompile.spaces import Level, Space, channel_spaces
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.show import account, describe, left_alone
 from qcompile.spaces.wires import Ids
 
 
@@ -73,6 +74,11 @@ class Smooth(CalibratedPass):
         for found, alpha in chosen:
             found.divide(edits, _factors(program, found, alpha, alphas, peaks, report))
         scaled = [found.space for found, _ in chosen]
+        fates = {found.space: f"smoothed, alpha {alpha:g}" for found, alpha in chosen}
+        for space in spaces[Level.DIAGONAL]:
+            if space not in fates:
+                fates[space] = left_alone(_why(space, reasons))
+        report.spaces = account(spaces, describe(spaces), Level.DIAGONAL, fates)
         online = self._online(program, alphas, covered_positions(scaled), peaks, reasons)
         edits.commit()
         insert_all(program, online, report)
@@ -113,6 +119,13 @@ def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """s of each channel from max |x| and max |W|, float64; 1 where either is 0."""
     s = safe(activations**alpha / weights ** (1 - alpha))
     return torch.where((activations > 0) & (weights > 0), s, 1.0)
+
+
+def _why(space: Space, reasons: Mapping[fx.Node, str]) -> str:
+    """Why a space that may be scaled is not smoothed."""
+    if not space.sinks:
+        return "no product reads it"
+    return next((reasons[p.node] for p in space.sinks if p.node in reasons), "no weight makes it")
 
 
 def _alpha(found: Scalable, alphas: Alphas) -> float | None:

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from qcompile.data.batches import Batch, feeds, token_mask, tokens_in
+from qcompile.data.padding import Padding
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill, run
+from qcompile.pass_base import Report
 from qcompile.progress import track
 
 Watched = tuple[fx.Node, int]
@@ -70,26 +73,33 @@ class Sample:
         self._draws, self._rows = draws[kept], rows[kept].clone()
 
 
-def watch(program: Program, watched: Mapping[Watched, Collector], batches: Iterable[Tensor]) -> int:
-    """Run token batches ``[batch, sequence]`` and show each collector its tensor, rows by channels; the tokens seen.
+def watch(
+    program: Program, watched: Mapping[Watched, Collector], batches: Iterable[Batch], report: Report | None = None
+) -> int:
+    """Run batches and show each collector its tensor, rows by channels; the number of tokens seen (else of samples).
+
+    Rows of padding are left out; `report` is told where they could not be.
 
     Raises QCompileError for data without tokens, and for a nan or infinity with the place and the batch.
     """
     places: dict[fx.Node, list[tuple[int, Collector]]] = {}
     for (node, axis), collector in watched.items():
         places.setdefault(node, []).append((axis, collector))
-    tokens = 0
+    tokens, padding = 0, Padding(program)
     for index, batch in enumerate(track(batches, "watching activations")):
+        kept = token_mask(batch)
 
-        def observe(node: fx.Node, value: Any, index: int = index) -> None:
+        def observe(node: fx.Node, value: Any, index: int = index, mask: Tensor | None = kept) -> None:
             for axis, collector in places.get(node, ()):
                 if not bool(value.isfinite().all()):
                     where = f"{program.module_of(node)} ({node.name})"
                     raise QCompileError(f"{where} is nan or infinite in calibration batch {index}; mend the model")
-                collector.see(value.movedim(axis, -1).flatten(0, -2))
+                collector.see(padding.tokens_of(node, value, mask).movedim(axis, -1).flatten(0, -2))
 
-        run(program, fill(program, {"input_ids": batch}), observe)
-        tokens += batch.numel()
+        run(program, fill(program, feeds(batch)), observe)
+        tokens += tokens_in(batch)
+    if report is not None:
+        report.notes += padding.notes()
     if not tokens:
         raise QCompileError("the calibration data has no tokens; give data= with at least one batch")
     return tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.capture.files import DTYPES, read_header
 from qcompile.errors import CaptureError
+from qcompile.ir.edits import large_buffers_kept
 from qcompile.ir.weights import TensorSource, WeightStore
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -103,8 +104,8 @@ def _write(store: WeightStore, keys: list[str], path: Path) -> None:
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned, as the format asks
-    with path.open("wb") as file:
+    with path.open("wb") as file, large_buffers_kept():
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
             for piece in store.pieces(key):
-                piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+                file.write(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

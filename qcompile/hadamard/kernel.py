@@ -76,17 +76,12 @@ def along_last(x: Tensor, transform: Transform) -> Tensor:
     """The transformation of the last axis of `x` [..., n]; computed in the transform's dtype, rounded once to x's."""
     rows = x.reshape(-1, x.shape[-1])
     result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    direct = x.dtype == transform.dtype and transform.after is None
     for start, stop in _pieces(rows.shape[0], max(1, _size(x) // max(1, rows.shape[1]))):
         piece = rows[start:stop].to(transform.dtype)
         if transform.before is not None:
             piece = piece * transform.before
-        out = result[start:stop] if direct else torch.empty_like(piece, memory_format=torch.contiguous_format)
-        _rows(piece.reshape(-1, transform.block), transform.matrices, out.view(-1, transform.block))
-        if transform.after is not None:
-            out = out.mul_(transform.after)
-        if not direct:
-            result[start:stop] = out
+        done = _rows(piece.reshape(-1, transform.block), transform.matrices, (None, None)).view(piece.shape)
+        result[start:stop] = done if transform.after is None else done.mul_(transform.after)
     return result.view(x.shape)
 
 
@@ -113,28 +108,44 @@ def along(x: Tensor, axis: int, transform: Transform) -> Tensor:
     return result.view(x.shape)
 
 
-def _rows(x: Tensor, matrices: Sequence[Tensor], out: Tensor) -> None:
-    """`out` [R, n] ← each row of `x` [R, n] transformed."""
+def along_into(x: Tensor, axis: int, transform: Transform, spare: Tensor) -> Tensor:
+    """As `along`, without new memory: both are contiguous, of one shape and the transform's dtype, both are changed,
+    and the result is one of them."""
+    axis %= x.dim()
+    columns = math.prod(x.shape[axis + 1 :])
+    wide = (x.shape[axis], columns)
+    if transform.before is not None:
+        x.view(-1, *wide).mul_(transform.before[:, None])
+    if columns == 1:
+        done = _rows(x.view(-1, transform.block), transform.matrices, (spare.view(-1), x.view(-1)))
+    else:
+        done = _columns(x.view(-1, *wide), transform.matrices, (spare.view(-1), x.view(-1)))
+    if transform.after is not None:
+        done.view(-1, *wide).mul_(transform.after[:, None])
+    return done.view(x.shape)
+
+
+def _rows(x: Tensor, matrices: Sequence[Tensor], to: Sequence[Tensor | None]) -> Tensor:
+    """Each row of `x` [R, n] transformed; by turns in the flat tensors `to`, a new one for None."""
     rows, n = x.shape
     if len(matrices) == 1:
-        torch.mm(x, matrices[0].T, out=out)
-        return
+        return torch.mm(x, matrices[0].T, out=None if to[0] is None else to[0].view(rows, n))
     for i, matrix in enumerate(reversed(matrices)):
-        r = matrix.shape[0]
+        r, out = matrix.shape[0], to[i % 2]
         batch, turned = matrix.expand(rows, r, r), x.view(rows, n // r, r).transpose(1, 2)
-        if i == len(matrices) - 1:
-            torch.bmm(batch, turned, out=out.view(rows, r, n // r))
-        else:
-            x = torch.bmm(batch, turned).view(rows, n)
+        x = torch.bmm(batch, turned, out=None if out is None else out.view(rows, r, n // r)).view(rows, n)
+    return x
 
 
-def _columns(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """The middle axis of contiguous `x` [A, n, M] transformed."""
+def _columns(x: Tensor, matrices: Sequence[Tensor], to: Sequence[Tensor | None] = (None, None)) -> Tensor:
+    """The middle axis of contiguous `x` [A, n, M] transformed; in the tensors `to` as `_rows`."""
     shape, inner = x.shape, x.shape[2]
-    for matrix in reversed(matrices):
-        r = matrix.shape[0]
+    for i, matrix in enumerate(reversed(matrices)):
+        r, out = matrix.shape[0], to[i % 2]
         stacked = x.view(-1, r, inner)
-        x = torch.bmm(matrix.expand(stacked.shape[0], r, r), stacked)
+        x = torch.bmm(
+            matrix.expand(stacked.shape[0], r, r), stacked, out=None if out is None else out.view(stacked.shape)
+        )
         inner *= r
     return x.view(shape)
 

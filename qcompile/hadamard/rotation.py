@@ -18,7 +18,7 @@ from torch import Tensor
 from qcompile.errors import nearest
 from qcompile.hadamard.apply import apply_hadamard, matrix
 from qcompile.hadamard.construct import HadamardError, hadamard_for
-from qcompile.hadamard.kernel import Transform, along, orthonormal
+from qcompile.hadamard.kernel import Transform, along, along_into, orthonormal
 
 _DTYPES = (torch.float32, torch.float64)
 _KINDS = {"hadamard": ("width", "block", "signs"), "random": ("width", "seed"), "learned": ("width", "name")}
@@ -41,6 +41,10 @@ class Rotation(ABC):
         """Tᵀ·x along `axis`; otherwise as `apply`. ``apply_inverse(W, 1)`` is W·T."""
         self._check(x, axis)
         return self._apply(x, axis, inverse=True)
+
+    def apply_into(self, x: Tensor, axis: int, spare: Tensor) -> Tensor:
+        """As `apply`, but `x` and `spare`, both contiguous and alike, may be changed, and one may be the result."""
+        return self.apply(x, axis)
 
     @abstractmethod
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -83,8 +87,14 @@ class Hadamard(Rotation):
         """s, int8 [width]; None where all are 1."""
         if self.signs_seed is None:
             return None
-        generator = torch.Generator().manual_seed(self.signs_seed)
-        return 1 - 2 * torch.randint(0, 2, (self.width,), generator=generator, dtype=torch.int8)
+        return _signs(self.width, self.signs_seed).clone()
+
+    def apply_into(self, x: Tensor, axis: int, spare: Tensor) -> Tensor:
+        """As `apply`, in the memory of `x` and `spare` alone."""
+        self._check(x, axis)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._apply(x, axis, inverse=False)
+        return along_into(x, axis, self._transform(x, inverse=False), spare)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         repeated = torch.kron(torch.eye(self.width // self.block, dtype=dtype), matrix(self.order, self.block, dtype))
@@ -92,15 +102,17 @@ class Hadamard(Rotation):
         return repeated if signs is None else repeated * signs.to(dtype)
 
     def _apply(self, x: Tensor, axis: int, inverse: bool) -> Tensor:
-        signs = self.signs()
-        signs = None if signs is None else signs.to(x.device, x.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
-            return self._differentiable(x, axis, inverse, signs)
-        matrices = orthonormal(self.order, self.block, inverse, x.dtype, x.device)
-        before, after = (None, signs) if inverse else (signs, None)
-        return along(x, axis, Transform(matrices, before, after))
+            return self._differentiable(x, axis, inverse)
+        return along(x, axis, self._transform(x, inverse))
 
-    def _differentiable(self, x: Tensor, axis: int, inverse: bool, signs: Tensor | None) -> Tensor:
+    def _transform(self, x: Tensor, inverse: bool) -> Transform:
+        matrices = orthonormal(self.order, self.block, inverse, x.dtype, x.device)
+        signs = None if self.signs_seed is None else _signs(self.width, self.signs_seed).to(x.device, x.dtype)
+        return Transform(matrices, None, signs) if inverse else Transform(matrices, signs)
+
+    def _differentiable(self, x: Tensor, axis: int, inverse: bool) -> Tensor:
+        signs = None if self.signs_seed is None else _signs(self.width, self.signs_seed).to(x.device, x.dtype)
         last = x.movedim(axis, -1)
         if signs is not None and not inverse:
             last = last * signs
@@ -221,6 +233,12 @@ def _number(text: str, word: str) -> int:
         return int(word)
     except ValueError as error:
         raise HadamardError(f"{text!r}: {word!r} is no whole number; write one such as 64") from error
+
+
+@lru_cache(maxsize=16)
+def _signs(width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - 2 * torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8)
 
 
 @lru_cache(maxsize=2)

@@ -33,6 +33,31 @@ def axis_back(program: Program, node: fx.Node, axis: int) -> int | None:
     return MOVES[node.target](program, node, axis)
 
 
+def let_reshape(program: Program, node: fx.Node) -> None:
+    """Turn the views of a result into reshapes, for it may be laid out anew.
+
+    A fused attention lays its result out as its queries are, and heads that were moved there make a view of what is
+    moved back. A product does not, and values that were rounded are laid out as their shape says.
+    """
+    for user in node.users:
+        if moved(program, user) is node:
+            user.target = aten.reshape.default if user.target is aten.view.default else user.target
+            let_reshape(program, user)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The calls that use a value, past moves."""
+    found: list[fx.Node] = []
+    todo = list(node.users)
+    while todo:
+        user = todo.pop()
+        if user.target in MOVES:
+            todo += user.users
+        else:
+            found.append(user)
+    return found
+
+
 def rank(node: fx.Node) -> int:
     """Number of axes of a node's value; of its parts, where it is a tuple of tensors."""
     value = node.meta["val"]

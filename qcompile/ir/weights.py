@@ -175,6 +175,11 @@ class WeightStore(MutableMapping[str, Tensor]):
         shape, dtype = self.meta(key)
         return int(torch.Size(shape).numel()) * dtype.itemsize
 
+    def peek(self, key: str, count: int) -> Tensor:
+        """About `count` elements of the source of a weight, spread evenly, as it was before its edits."""
+        flat = self._entries[key].source.read().reshape(-1)
+        return flat[:: max(1, len(flat) // count)]
+
     def same_source(self, key: str, other: str) -> bool:
         """Whether both names read one tensor with no edits on either (a tie)."""
         a, b = self._entries[key], self._entries[other]
@@ -196,7 +201,7 @@ class WeightStore(MutableMapping[str, Tensor]):
     def pieces(self, key: str) -> Iterator[Tensor]:
         """The weight in consecutive pieces along axis 0, in its dtype: for writing one that is too large to hold twice.
 
-        Edits that leave axis 0 alone are applied piece by piece; otherwise it is one piece.
+        A piece holds until the next one is asked for. It is one piece where there are no edits, or the last mix axis 0.
         """
         entry = self._entries[key]
         before, chain = _split(entry.edits)

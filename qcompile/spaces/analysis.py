@@ -15,7 +15,7 @@ from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import RULES
 from qcompile.spaces.space import Groups, Placement, Space, placements
 from qcompile.spaces.walk import Triple, Use, Walk, no_wires, sizes
-from qcompile.spaces.wires import EVERY, Ids, Level, Limit, Wires
+from qcompile.spaces.wires import EVERY, Ids, Keys, Level, Limit, Wires
 
 assert rules  # importing it fills the table
 
@@ -57,42 +57,35 @@ class ChannelSpaces:
     def limits(self, level: Level, ids: Ids) -> list[Limit]:
         """What forbids `level` on these wires, each operator once."""
         ids = ids[ids >= 0]
-        events = np.unique(self._limited(level)[ids])
+        events = np.unique(self._first_limits(level)[self.wires.forest(level).find(ids)])
         return [self.wires.events[e] for e in events if e >= 0]
 
     def all_limits(self, level: Level, ids: Ids) -> list[Limit]:
         """Everything that forbids `level` on these wires."""
-        forest = self.wires.forests[level]
+        forest = self.wires.forest(level)
         wanted = np.unique(forest.find(ids[ids >= 0]))
         events = {e for limited, e in self.wires.restricted(level) if np.isin(forest.find(limited), wanted).any()}
         return [self.wires.events[e] for e in sorted(events)]
 
     @functools.cache  # noqa: B019  an analysis is short-lived
-    def _limited(self, level: Level) -> Ids:
-        return self.wires.limited(level)
+    def _first_limits(self, level: Level) -> Ids:
+        return self.wires.first_limits(level)
 
     @functools.cache  # noqa: B019
     def _spaces(self, level: Level) -> list[Space]:
         uses = [u for u in self.uses if level in u.levels]
-        roots, free = self.wires.roots(level), self._limited(level) < 0
+        forest, limits = self.wires.forest(level), self._first_limits(level)
         met = np.zeros(self.wires.count, bool)
         for use in uses:
-            met[roots[use.ids[use.ids >= 0]]] = True
-        used = np.nonzero(met & free)[0]
-        signature = self._signatures(level)
-        if level is not Level.DIAGONAL and used.size:  # what is alone cannot be mixed
-            _, which, counts = np.unique(signature[used], return_inverse=True, return_counts=True)
-            used = used[counts[which] > 1]
+            met[forest.find(use.ids[use.ids >= 0])] = True
+        used = np.nonzero(met & (limits < 0))[0]
         if used.size == 0:
             return []
-        groups = Groups.of(used, signature, self.wires.count)
-        sign = None
-        if level is Level.DIAGONAL:
-            sign = self.wires.forests[level].find_signed(np.arange(self.wires.count))[1]
+        least = 1 if level is Level.DIAGONAL else 2  # what is alone cannot be mixed
+        groups = Groups.of(used, self.wires.signatures(level, limits)[used], least, self.wires.count)
         found: dict[int, list[Placement] | None] = {}
-        vectors = self.wires.vectors()
         for use in uses:
-            for number, placement in placements(use, groups, roots, vectors, sign):
+            for number, placement in placements(use, groups, forest, self._vectors):
                 have = found.setdefault(number, [])
                 if placement is None or have is None:
                     found[number] = None
@@ -104,13 +97,14 @@ class ChannelSpaces:
             if several is not None and any(p.use.weight is not None for p in several)
         ]
 
-    def _signatures(self, level: Level) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        return self.wires.signatures(level, self._limited(level))
+    @functools.cached_property
+    def _vectors(self) -> Keys:
+        return self.wires.vectors()
 
 
 def channel_spaces(program: Program) -> ChannelSpaces:
     """Walk over `program` once. The program is not changed."""
-    walk = Walk(program, Wires(program.output_node))
+    walk = Walk(program, Wires(program.output_node, _room(program)))
     _states(walk)
     skipped = {node for node in walk.matrices if not program.is_weight(node)}
     for node in program.graph.nodes:
@@ -127,6 +121,13 @@ def channel_spaces(program: Program) -> ChannelSpaces:
     _foreign(walk, skipped)
     _settle(walk)
     return ChannelSpaces(program, walk.wires, tuple(walk.uses), walk.layouts)
+
+
+def _room(program: Program) -> int:
+    """About how many wires a program has, and seldom fewer: memory that is never written costs nothing."""
+    values = [n.meta.get("val") for n in program.nodes]
+    total = sum(v.shape[-1] for v in values if isinstance(v, Tensor) and v.ndim and isinstance(v.shape[-1], int))
+    return min(total, 1 << 25)
 
 
 def _apply(walk: Walk, node: fx.Node) -> Layout | list[Layout] | None:
@@ -197,10 +198,10 @@ def _settle(walk: Walk) -> None:
     """Say for each product of channels whose scale passes to the result: the other factor's must then stay."""
     waiting = list(walk.triples)
     while waiting:
-        pinned = walk.wires.limited(Level.DIAGONAL) >= 0
+        limits, find = walk.wires.first_limits(Level.DIAGONAL), walk.wires.forest(Level.DIAGONAL).find
+        pinned = [tuple(limits[find(ids)] >= 0 for ids in (t.a, t.b, t.out)) for t in waiting]
         left: list[Triple] = []
-        for t in waiting:
-            fixed_a, fixed_b, fixed_out = pinned[t.a], pinned[t.b], pinned[t.out]
+        for t, (fixed_a, fixed_b, fixed_out) in zip(waiting, pinned, strict=True):
             only_a, neither = fixed_a & ~fixed_b, ~fixed_a & ~fixed_b
             _pass(walk, t.b[fixed_b], t.a[fixed_b], t.out[fixed_b], t.event)
             _pass(walk, t.a[only_a], t.b[only_a], t.out[only_a], t.event)
@@ -208,7 +209,7 @@ def _settle(walk: Walk) -> None:
             walk.wires.limit((Level.DIAGONAL,), t.b[neither & fixed_out], t.event)
             free = neither & ~fixed_out
             if free.any():
-                left.append(Triple(t.a[free], t.b[free], t.out[free], t.event, t.constant))
+                left.append(Triple(t.a[free], t.b[free], t.out[free], t.event))
         if len(left) == len(waiting):
             for t in left:
                 _pass(walk, t.b, t.a, t.out, t.event)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from qcompile.hadamard.rotation import Rotation
-from qcompile.ir.edits import WeightEdit
-from qcompile.ir.moves import MOVES
+from qcompile.ir.edits import WeightEdit, same_memory
+from qcompile.ir.moves import moved
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces.analysis import ChannelSpaces
@@ -47,21 +48,40 @@ class Effect:
         """The effect along one axis of a weight, of which these are some positions."""
         if self.kind == "scale":
             return tensor * self._factors(tensor, axis)
-        copies, width = self.positions.shape
         axis %= tensor.ndim
-        split = [*tensor.shape[:axis], copies, width, *tensor.shape[axis + 1 :]]
-        start, count = int(self.positions.flat[0]), self.positions.size
-        if np.array_equal(self.positions.ravel(), np.arange(start, start + count)):  # one run: no copy to pick it
-            part = tensor.narrow(axis, start, count).reshape(split)
-            part = self._part(part, axis + 1).flatten(axis, axis + 1)
+        start, count = self._run, self.positions.size
+        if start is not None:  # no copy to pick them
+            part = self._part(tensor.narrow(axis, start, count).reshape(self._split(tensor, axis)), axis + 1)
+            part = part.flatten(axis, axis + 1)
             if count == tensor.shape[axis]:
                 return part
             behind = tensor.shape[axis] - start - count
             return torch.cat([tensor.narrow(axis, 0, start), part, tensor.narrow(axis, start + count, behind)], axis)
         index = torch.from_numpy(self.positions.ravel()).to(tensor.device)
-        part = tensor.index_select(axis, index).reshape(split)
+        part = tensor.index_select(axis, index).reshape(self._split(tensor, axis))
         part = self._part(part, axis + 1).flatten(axis, axis + 1)
         return tensor.index_copy(axis, index, part)
+
+    def apply_into(self, tensor: Tensor, axis: int, spare: Tensor) -> Tensor:
+        """As `apply`, in the memory of these two, contiguous and of one shape, where that can be."""
+        axis %= tensor.ndim
+        if self.kind == "scale":
+            return tensor.mul_(self._factors(tensor, axis))
+        if self.rotation is None or self._run is None or self.positions.size < tensor.shape[axis]:
+            return self.apply(tensor, axis)
+        split = self._split(tensor, axis)
+        return self.rotation.apply_into(tensor.view(split), axis + 1, spare.view(split)).reshape(tensor.shape)
+
+    @cached_property
+    def _run(self) -> int | None:
+        """Where the positions begin if they are one run."""
+        start = int(self.positions.flat[0])
+        one = np.array_equal(self.positions.ravel(), np.arange(start, start + self.positions.size))
+        return start if one else None
+
+    def _split(self, tensor: Tensor, axis: int) -> list[int]:
+        """The tensor's shape with the axis cut into copies of the space."""
+        return [*tensor.shape[:axis], *self.positions.shape, *tensor.shape[axis + 1 :]]
 
     def _part(self, part: Tensor, axis: int) -> Tensor:
         if self.kind == "rotate":
@@ -91,6 +111,14 @@ class Effects(WeightEdit):
         """The weight after the effects."""
         for effect in self.effects:
             tensor = effect.apply(tensor, self.axis)
+        return tensor
+
+    def apply_into(self, tensor: Tensor, spare: Tensor) -> Tensor:
+        """As `apply`, in the memory of these two where that can be."""
+        pair = [tensor, spare]
+        for effect in self.effects:
+            tensor = effect.apply_into(tensor, self.axis, spare).contiguous()
+            spare = pair[int(same_memory(tensor, pair[0]))]
         return tensor
 
 
@@ -208,7 +236,10 @@ def merged(effects: list[Effect]) -> list[Effect]:
         values = first.values
         if first.kind == "scale":
             values = np.concatenate([np.asarray(e.values) for e in same])
-        result.append(Effect(first.kind, np.concatenate([e.positions for e in same]), first.rotation, values))
+        positions = np.concatenate([e.positions for e in same])
+        order = np.argsort(positions[:, 0])  # heads that fill an axis are one run of it
+        values = values[order] if first.kind == "scale" and values is not None else values
+        result.append(Effect(first.kind, positions[order], first.rotation, values))
     return result
 
 
@@ -219,35 +250,29 @@ def part_weight(program: Program, weight: fx.Node, readers: list[fx.Node], repor
     while name in program.weights:
         name, number = f"{key}.untied{number}", number + 1
     copy = program.copy_weight(weight, name)
-    moved: dict[fx.Node, fx.Node] = {weight: copy}
+    copies: dict[fx.Node, fx.Node] = {weight: copy}
     for reader in readers:
-        _reread(program, reader, moved)
+        _reread(program, reader, copies)
     size = program.weights.nbytes(name) / 1e6
     report.note(f"{key!r} is untied for {', '.join(n.name for n in readers)}: {size:.1f} MB more")
     return copy
 
 
-def _reread(program: Program, node: fx.Node, moved: dict[fx.Node, fx.Node]) -> None:
+def _reread(program: Program, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
     """Let a reader, and the moves between, read the copy."""
     for argument in node.all_input_nodes:
-        if argument not in moved and _from_any(argument, moved):
+        if argument not in copies and _from_any(program, argument, copies):
             args, kwargs = (fx.map_arg(a, lambda n: n) for a in (argument.args, argument.kwargs))
             copy = program.call(argument.target, args, kwargs, before=node, module=program.module_of(argument))  # type: ignore[arg-type]
-            _reread(program, copy, moved)
-            moved[argument] = copy
-    node.args = fx.map_arg(node.args, lambda n: moved.get(n, n))
-    node.kwargs = fx.map_arg(node.kwargs, lambda n: moved.get(n, n))
+            _reread(program, copy, copies)
+            copies[argument] = copy
+    node.args = fx.map_arg(node.args, lambda n: copies.get(n, n))
+    node.kwargs = fx.map_arg(node.kwargs, lambda n: copies.get(n, n))
 
 
-def _from_any(node: fx.Node, weights: dict[fx.Node, fx.Node]) -> bool:
+def _from_any(program: Program, node: fx.Node, weights: dict[fx.Node, fx.Node]) -> bool:
     """Whether moves alone lead from one of `weights` to a node."""
-    source = moved_from(node)
+    source = moved(program, node)
     while source is not None and source not in weights:
-        source = moved_from(source)
+        source = moved(program, source)
     return source is not None
-
-
-def moved_from(node: fx.Node) -> fx.Node | None:
-    """The node whose elements a move takes; None where `node` computes."""
-    source = node.args[0] if node.op == "call_function" and node.target in MOVES else None
-    return source if isinstance(source, fx.Node) else None

@@ -112,7 +112,8 @@ class Layout:
         (place,) = flat.atoms(axis)
         ids = flat.ids if flat.ids.shape[place] == 1 else np.take(flat.ids, index, place)
         axes = (*flat.axes[:axis], (len(index),), *flat.axes[axis + 1 :])
-        return Layout(axes, ids, flat.varies, self.zero)
+        varies = (*flat.varies[:place], flat.varies[place] and len(index) > 1, *flat.varies[place + 1 :])
+        return Layout(axes, ids, varies, self.zero)
 
     def sized(self, axis: int, size: Dim) -> Layout:
         """Another size for an axis along which no wires differ."""
@@ -122,6 +123,16 @@ class Layout:
         varies = any(self.varies[i] for i in atoms)
         axes = (*self.axes[:axis], (size,), *self.axes[axis + 1 :])
         return Layout(axes, ids, (*self.varies[: atoms.start], varies, *self.varies[atoms.stop :]), self.zero)
+
+    def expanded(self, shape: Sequence[Dim]) -> Layout:
+        """Copies along new axes in front, and along axes of another size, so that the tensor has `shape`."""
+        layout = self
+        while layout.rank < len(shape):
+            layout = layout.inserted(0)
+        for axis, size in enumerate(shape):
+            if not same(product(layout.axes[axis]), size):
+                layout = layout.sized(axis, size)
+        return layout
 
     def without(self, axis: int) -> Layout:
         """An axis along which no wires differ, gone."""

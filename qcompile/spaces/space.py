@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import Ids, Keys, Level
+from qcompile.spaces.wires import Forest, Ids, Keys, Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,6 @@ class Space:
         makers = [p for p in self.sources if p.node is not p.use.weight]  # a bias is no maker
         return bool(self.of_kind("norm")) or (len(makers) > 1 and len(self.sinks) > 1)
 
-    @property
-    def is_state(self) -> bool:
-        """Whether a cache holds it."""
-        return bool(self.of_kind("state"))
-
 
 @dataclass(frozen=True, eq=False)
 class Groups:
@@ -80,61 +75,93 @@ class Groups:
     index: Ids  # where each wire's class is in `members`; -1 where it is in no group
 
     @classmethod
-    def of(cls, classes: Ids, signature: Keys, count: int) -> Groups:
-        """Group `classes` (sorted) of `count` wires by their signature."""
-        keys = signature[classes]
-        order = np.argsort(keys, kind="stable")
-        members, keys = classes[order], keys[order]
-        starts = np.append(np.nonzero(np.append(True, keys[1:] != keys[:-1]))[0], len(keys))
+    def of(cls, classes: Ids, keys: Keys, least: int, count: int) -> Groups:
+        """Group `classes` (sorted) of `count` wires by their keys, where `least` or more share one."""
+        first = np.nonzero(np.append(True, keys[1:] != keys[:-1]))[0]  # of each run of equal keys: there are few
+        lengths = np.diff(np.append(first, len(keys)))
+        _, group = np.unique(keys[first], return_inverse=True)
+        sizes = np.zeros(int(group.max()) + 1, np.int64)
+        np.add.at(sizes, group, lengths)
+        order = np.argsort(group, kind="stable")
+        order = order[sizes[group[order]] >= least]
+        first, lengths, sizes = first[order], lengths[order], sizes[sizes >= least]
+        ends = np.cumsum(lengths)
+        members = classes[np.repeat(first - ends + lengths, lengths) + np.arange(lengths.sum())]
         index = np.full(count, -1, np.int64)
         index[members] = np.arange(len(members))
-        return cls(members, starts, index)
+        return cls(members, np.append(0, np.cumsum(sizes)), index)
 
     def group(self, number: int) -> Ids:
         """The classes of one group."""
         return self.members[self.starts[number] : self.starts[number + 1]]
 
 
-def placements(
-    use: Use, groups: Groups, roots: Ids, vectors: Ids, sign: NDArray[np.int8] | None
-) -> Iterator[tuple[int, Placement | None]]:
+def placements(use: Use, groups: Groups, forest: Forest, vectors: Keys) -> Iterator[tuple[int, Placement | None]]:
     """Where groups stand in a use; None for one whose copies there do not line up.
 
-    `roots`, `vectors` and `sign` are of all wires. One copy of a group is wires of one vector, each class once; where a
-    vector has a class twice, it is not known which channels go together. With a `sign`, for diagonals, that does not
-    matter: each class is scaled by itself.
+    `forest` and `vectors` are of all wires. One copy of a group is wires of one vector, each class once; where a
+    vector has a class twice, it is not known which channels go together. In a signed forest, for diagonals, that does
+    not matter: each class is scaled by itself.
     """
     positions = np.nonzero(use.ids >= 0)[0]
-    at = groups.index[roots[use.ids[positions]]]
-    positions, at = positions[at >= 0], at[at >= 0]
-    if at.size == 0:
+    roots, sign = forest.find_signed(use.ids[positions])
+    at = groups.index[roots]
+    inside = at >= 0
+    if not inside.any():
         return
+    if not inside.all():
+        positions, at = positions[inside], at[inside]
+        sign = None if sign is None else sign[inside]
+    inverse = None if sign is None else sign < 0
+    vector = vectors[use.ids[positions]] if sign is None else np.zeros(len(positions), np.uint64)
+    in_order = _in_order(groups, at, vector)
+    if in_order is not None:
+        for number in in_order:
+            a, b = (groups.starts[number : number + 2] - at[0]).tolist()
+            yield number, Placement(use, positions[None, a:b], None if inverse is None else inverse[None, a:b])
+        return
+    yield from _sorted(use, groups, positions, at, vector, inverse)
+
+
+def _in_order(groups: Groups, at: Ids, vector: Keys) -> range | None:
+    """The groups that stand side by side, each once and in its own order, which most do."""
+    if (at[1:] - at[:-1] != 1).any():
+        return None
+    first, last = np.searchsorted(groups.starts, at[[0, -1]], "right") - 1
+    starts = groups.starts[first : last + 2]
+    changes = at[1:][vector[1:] != vector[:-1]]
+    if starts[0] != at[0] or starts[-1] != at[-1] + 1 or (starts[np.searchsorted(starts, changes)] != changes).any():
+        return None
+    return range(first, last + 1)
+
+
+def _sorted(
+    use: Use, groups: Groups, positions: Ids, at: Ids, vector: Keys, inverse: NDArray[np.bool_] | None
+) -> Iterator[tuple[int, Placement | None]]:
+    """Groups in any order, with any number of copies."""
     group = np.searchsorted(groups.starts, at, "right") - 1
-    slot, vector = at - groups.starts[group], vectors[use.ids[positions]]
-    if sign is not None:
-        vector = np.zeros_like(vector)
+    slot = at - groups.starts[group]
     order = np.lexsort((slot, vector, group))
-    slot, vector, group, positions = slot[order], vector[order], group[order], positions[order]
+    slot, vector, group = slot[order], vector[order], group[order]
     new = np.append(True, (slot[1:] != slot[:-1]) | (vector[1:] != vector[:-1]) | (group[1:] != group[:-1]))
     each = np.arange(len(slot))
     turn = each - np.maximum.accumulate(np.where(new, each, 0))  # how often this vector had this class before
     if turn.any():
-        order = np.lexsort((slot, turn, vector, group))
-        slot, group, positions, turn = slot[order], group[order], positions[order], turn[order]
+        again = np.lexsort((slot, turn, vector, group))
+        order, slot, vector, group, turn = order[again], slot[again], vector[again], group[again], turn[again]
     first = np.nonzero(np.append(True, group[1:] != group[:-1]))[0]
     numbers, ends = group[first], np.append(first[1:], len(group))
     widths = (groups.starts[1:] - groups.starts[:-1])[numbers]
     start, width = (np.repeat(x, ends - first) for x in (first, widths))
     column = (each - start) % width
-    fits = np.logical_and.reduceat(slot == column, first) & ((ends - first) % widths == 0)
-    if sign is None:
+    of_one = (column == 0) | np.append(True, vector[1:] == vector[:-1])
+    fits = np.logical_and.reduceat((slot == column) & of_one, first) & ((ends - first) % widths == 0)
+    if inverse is None:
         fits &= ~np.logical_or.reduceat(turn > 0, first)
-    inverse = None if sign is None else sign[use.ids[positions]] < 0
     for number, a, b, wide, fit in zip(*(x.tolist() for x in (numbers, first, ends, widths, fits)), strict=True):
         if not fit:
             yield number, None
             continue
-        copies = positions[a:b].reshape(-1, wide)
-        order = np.argsort(copies[:, 0])
-        flip = None if inverse is None else inverse[a:b].reshape(-1, wide)[order]
-        yield number, Placement(use, copies[order], flip)
+        chosen = order[a:b].reshape(-1, wide)
+        chosen = chosen[np.argsort(chosen[:, 0])]  # positions ascend, so this is the order in which copies start
+        yield number, Placement(use, positions[chosen], None if inverse is None else inverse[chosen])

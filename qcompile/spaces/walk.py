@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from qcompile.ir.contractions import Contraction, Embedding, Obstacle, survey
@@ -46,7 +45,6 @@ class Triple:
     b: Ids
     out: Ids
     event: int
-    constant: bool  # b comes from a weight
 
 
 Rule = Callable[["Walk", fx.Node], "Layout | list[Layout]"]
@@ -141,8 +139,7 @@ class Walk:
         if not layout.has_wires:
             return layout
         old = layout.ids
-        vectors = np.where(old >= 0, self.wires.instance[old], -1)
-        new = np.where(old >= 0, self.wires.fresh(vectors), -1)
+        new = self.wires.beside(old)
         self.wires.join(old, new)
         self.wires.same_copy(old, new)
         self.wires.together(MIXING, old, self.wires.event(node, "moves whole vectors"))
@@ -188,8 +185,3 @@ def no_wires(node: fx.Node) -> Layout | list[Layout]:
     if isinstance(value, (tuple, list)):
         return [plain([dim_expr(d) for d in v.shape]) if isinstance(v, Tensor) else plain([]) for v in value]
     return plain(sizes(node))
-
-
-def float_dtype(dtype: torch.dtype) -> bool:
-    """Whether values of a dtype are real numbers that a cast only rounds."""
-    return dtype.is_floating_point

@@ -100,7 +100,7 @@ def test_a_cache_is_a_state_of_the_space_it_holds() -> None:
     inputs = f"{X}, past_key_values_0_value: f64[batch, past, 4]"
     spaces = channel_spaces(parsed(inputs, "v: f64[4, 6], o: f64[5, 4]", body, "y present_0_value"))
     (space,) = spaces[Level.ORTHOGONAL]
-    assert space.is_state
+    assert space.of_kind("state")
     assert sorted(p.use.kind for p in space.placements) == ["sink", "source", "state"]
     alone = channel_spaces(parsed(inputs, "v: f64[4, 6], o: f64[5, 4]", body))  # the cache comes in and does not go out
     assert alone[Level.ORTHOGONAL] == []

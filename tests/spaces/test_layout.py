@@ -9,6 +9,8 @@ import sympy
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim
 from qcompile.spaces.layout import Layout, along, plain, product, same, viewed
+from qcompile.spaces.space import Groups, placements
+from qcompile.spaces.walk import Use
 from qcompile.spaces.wires import Forest, Keys, Level, Wires
 
 B, S = sympy.symbols("batch sequence", integer=True, positive=True)
@@ -95,6 +97,8 @@ def test_entries_of_an_axis() -> None:
     layout = wired([B, 8], 1)
     assert np.array_equal(layout.taken(1, np.arange(8)[1::3]).ids.ravel(), [1, 4, 7])  # type: ignore[union-attr]
     merged = view(wired([B, 4, S], 1), [4 * B, S])
+    assert layout.taken(1, np.arange(8)[1::3]).varies == (True, True)  # type: ignore[union-attr]
+    assert layout.taken(1, np.array([5])).varies == (True, False)  # type: ignore[union-attr]
     assert merged.taken(0, np.arange(4)) is None
     assert layout.flat(1) is layout
     assert merged.flat(0) is None
@@ -212,6 +216,20 @@ def test_wires_that_are_joined_share_their_limits() -> None:
     wires.join(np.array([-1, 1]), np.array([0, -1]))
     assert wires.limited(Level.DIAGONAL).tolist() == [1, -1, 1, -1]
     assert wires.limited(Level.PERMUTATION).tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("first", [1, 3], ids=["the first half has the smaller number", "the larger"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3]], ids=["in order", "in another order"])
+def test_halves_of_two_vectors_are_no_copy(first: int, order: list[int]) -> None:
+    forest = Forest.of(4, [])
+    groups = Groups.of(np.arange(4), np.zeros(4, np.uint64), 2, 4)
+    use = Use("source", NODE, np.array(order))
+    vectors = np.array([first, first, 2, 2], np.uint64)
+    assert list(placements(use, groups, forest, vectors)) == [(0, None)]
+    ((number, whole),) = placements(use, groups, forest, np.full(4, 2, np.uint64))
+    assert number == 0
+    assert whole is not None
+    assert whole.positions.tolist() == [np.argsort(order).tolist()]
 
 
 def test_what_varies_moves_with_its_axis() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qcompile.spaces.layout import Layout, plain, product, same
+from qcompile.spaces.layout import Layout, plain, product
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import paired
 from qcompile.spaces.walk import Walk, sizes
@@ -150,13 +150,7 @@ def constant(walk: Walk, node: fx.Node) -> Layout:
 
 @rule(aten.copy.default, says="what is written over a tensor")
 def copy(walk: Walk, node: fx.Node) -> Layout:
-    layout, shape = walk.of(node.args[1]), sizes(node)
-    while layout.rank < len(shape):
-        layout = layout.inserted(0)
-    for axis, size in enumerate(shape):
-        if not same(product(layout.axes[axis]), size):
-            layout = layout.sized(axis, size)
-    return layout
+    return walk.of(node.args[1]).expanded(sizes(node))
 
 
 @rule(

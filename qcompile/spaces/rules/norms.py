@@ -64,7 +64,7 @@ def _unit(walk: Walk, node: fx.Node, layout: Layout, centred: bool) -> Layout:
     last = layout.ids.ndim - 1
     old = layout.ids
     rows = row_numbers(old, tuple(i != last for i in range(old.ndim)))
-    new = np.where(old >= 0, walk.wires.fresh(np.where(old >= 0, walk.wires.instance[old], -1)), -1)
+    new = walk.wires.beside(old)
     walk.wires.join(old, new, (Level.PERMUTATION, Level.ORTHOGONAL))
     walk.wires.same_copy(old, new)
     event = walk.wires.event(node, "divides each vector by its length")

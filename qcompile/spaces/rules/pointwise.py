@@ -11,7 +11,7 @@ from torch import fx
 from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import Pair, paired, row_numbers
-from qcompile.spaces.walk import Triple, Walk, float_dtype, sizes
+from qcompile.spaces.walk import Triple, Walk, sizes
 from qcompile.spaces.wires import EVERY, MIXING, VECTOR, Ids, Level
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ NOT_MIXED = (Level.DIAGONAL, *VECTOR)  # permutations pass
 )
 def identity(walk: Walk, node: fx.Node) -> Layout:
     layout = walk.of(node.args[0])
-    if not float_dtype(node.meta["val"].dtype):
+    if not node.meta["val"].dtype.is_floating_point:
         walk.stop(layout, node, "becomes integers")
         return plain(sizes(node))
     return layout
@@ -260,8 +260,7 @@ def _gate(walk: Walk, node: fx.Node, pair: Pair, constant: tuple[bool, bool]) ->
         a, b, constant = b, a, (False, True)
     both = (a >= 0) & (b >= 0)
     leader = np.where(a >= 0, a, b)
-    vectors = np.where(leader >= 0, walk.wires.instance[leader], -1)
-    out = np.where(leader >= 0, walk.wires.fresh(vectors), -1)
+    out = walk.wires.beside(leader)
     walk.wires.same_copy(leader, out)
     walk.wires.join(a, out, (Level.PERMUTATION,))
     walk.wires.join(b, out, (Level.PERMUTATION,))
@@ -272,7 +271,7 @@ def _gate(walk: Walk, node: fx.Node, pair: Pair, constant: tuple[bool, bool]) ->
         walk.wires.together((Level.PERMUTATION,), ids, event)
     walk.wires.part(pair.a, event, 0)
     walk.wires.part(pair.b, event, 1)
-    walk.triples.append(Triple(a[both], b[both], out[both], event, constant[1]))
+    walk.triples.append(Triple(a[both], b[both], out[both], event))
     alone = (leader >= 0) & ~both
     walk.wires.join(leader[alone], out[alone], (Level.DIAGONAL,))
     walk.wires.limit((Level.PERMUTATION,), leader[alone], event)

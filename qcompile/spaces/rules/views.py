@@ -75,13 +75,7 @@ def squeeze(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 
 @rule(aten.expand.default, aten.broadcast_to.default, aten.expand_as.default, says="copies along an axis")
 def expand(walk: Walk, node: fx.Node) -> Layout:
-    layout, shape = walk.of(node.args[0]), sizes(node)
-    while layout.rank < len(shape):
-        layout = layout.inserted(0)
-    for axis, size in enumerate(shape):
-        if not same(product(layout.axes[axis]), size):
-            layout = layout.sized(axis, size)
-    return layout
+    return walk.of(node.args[0]).expanded(sizes(node))
 
 
 @rule(aten.repeat.default, aten.tile.default, says="copies along axes")

@@ -78,7 +78,7 @@ def _rows(spaces: ChannelSpaces, groups: Sequence[Group]) -> Ids:
                 if space.level is level:
                     table[space.wires] = i
             if level is Level.PERMUTATION and not d.levels:
-                table[wires.forests[level].find(d.wires[d.wires >= 0])] = i
+                table[wires.forest(level).find(d.wires[d.wires >= 0])] = i
         own = table[wires.roots(level)]
         rows = np.where(own >= 0, own, rows)
     return rows

@@ -8,36 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.drift import drift
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.pass_manager import PassManager
 from qcompile.passes.norm.center_norm import CenterNorm
 
-Center = Callable[..., tuple[Program, Report]]
-
-
-def program_of(inputs: str, weights: str, body: str, outputs: str = "y") -> str:
-    """IR text with the types of calls left out."""
-    lines = [f"    {line.strip()}" for line in body.strip().splitlines()]
-    returned = ", ".join(f'"{name}": {name}' for name in outputs.split())
-    return "\n".join([f"def main({inputs}, *, {weights}):", *lines, f"    return {{{returned}}}"])
+Center = Callable[..., tuple[Program, Report, dict[str, Tensor]]]
 
 
 @pytest.fixture
-def center(feeds: Callable[..., dict[str, Tensor]]) -> Center:
-    """Centre the norms of a program in float64; the function must stay."""
-
-    def check(text: str) -> tuple[Program, Report]:
-        program = Program.parse(text)
-        given = [feeds(program, seed) for seed in (0, 1)]
-        expected = [program.run(x) for x in given]
-        (report,) = PassManager([CenterNorm()]).run(program)
-        for x, before in zip(given, expected, strict=True):
-            assert drift(program.run(x), before) <= 1e-12
-        return program, report
-
-    return check
+def center(text: Callable[..., str], applied: Callable[..., tuple[Program, Report, dict[str, Tensor]]]) -> Center:
+    """Centre the norms of a program; the program, the report and the weights as they were."""
+    return lambda *parts: applied(CenterNorm(), text(*parts))
 
 
 def kinds(program: Program) -> list[str]:
@@ -65,9 +47,7 @@ WEIGHTS = (
 
 
 def test_a_stream(center: Center) -> None:
-    text = program_of(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}")
-    before = Program.parse(text).weights
-    program, report = center(text)
+    program, report, before = center(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}")
     assert kinds(program) == ["rms_norm", "rms_norm"]
     for key, axis in (("table", 1), ("down", 0), ("e", 0)):
         expected = before[key] - before[key].mean(axis, keepdim=True)
@@ -81,7 +61,7 @@ def test_a_stream(center: Center) -> None:
 
 
 def test_a_bias_is_added_behind(center: Center) -> None:
-    program, _ = center(program_of(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}"))
+    program, _, _ = center(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}")
     first, second = (n for n in program.nodes if "rms_norm" in str(n.target))
     (behind,) = first.users
     assert behind.target == torch.ops.aten.add.Tensor
@@ -93,7 +73,7 @@ def test_a_bias_is_added_behind(center: Center) -> None:
 
 def test_a_table_of_positions(center: Center) -> None:
     """Added to tokens, whole or in part: its rows lose their means."""
-    text = program_of(
+    program, report, before = center(
         "ids: i64[batch, 5]",
         f"{WEIGHTS}, wpe: f64[6, 8]",
         f"""t = aten.embedding.default(table, ids)
@@ -101,8 +81,6 @@ def test_a_table_of_positions(center: Center) -> None:
         x = aten.add.Tensor(t, p)
         {BLOCK}""",
     )
-    before = Program.parse(text).weights
-    program, report = center(text)
     assert kinds(program) == ["rms_norm", "rms_norm"]
     rows = before["wpe"] - before["wpe"].mean(1, keepdim=True)
     assert torch.allclose(program.weights["wpe"][:5], rows[:5], atol=1e-14)
@@ -110,7 +88,7 @@ def test_a_table_of_positions(center: Center) -> None:
 
 
 def test_a_looked_up_table_of_positions(center: Center) -> None:
-    text = program_of(
+    program, _, _ = center(
         f"{IDS}, at: i64[sequence]",
         f"{WEIGHTS}, wpe: f64[6, 8]",
         f"""t = aten.embedding.default(table, ids)
@@ -118,14 +96,13 @@ def test_a_looked_up_table_of_positions(center: Center) -> None:
         x = aten.add.Tensor(t, p)
         {BLOCK}""",
     )
-    program, _ = center(text)
     assert kinds(program) == ["rms_norm", "rms_norm"]
     assert program.weights["wpe"].mean(1).abs().max() < 1e-14
 
 
 def test_norms_over_heads(center: Center) -> None:
     """Rows of a projection lose the mean of their head."""
-    text = program_of(
+    program, report, before = center(
         "i: f64[batch, sequence, 6]",
         "q: f64[8, 6], c: f64[8], g: f64[4], o: f64[5, 4]",
         """a = aten.linear.default(i, q, c)
@@ -133,8 +110,6 @@ def test_norms_over_heads(center: Center) -> None:
         n = aten.layer_norm.default(h, [4], g, None, 0.01)
         y = aten.linear.default(n, o)""",
     )
-    before = Program.parse(text).weights
-    program, report = center(text)
     assert kinds(program) == ["rms_norm"]
     heads = before["q"].view(2, 4, 6)
     assert torch.allclose(program.weights["q"], (heads - heads.mean(1, keepdim=True)).view(8, 6), atol=1e-14)
@@ -145,9 +120,7 @@ def test_norms_over_heads(center: Center) -> None:
 
 def test_a_tied_table_is_parted(center: Center) -> None:
     body = BLOCK.replace("aten.linear.default(m, head)", "aten.linear.default(m, table)")
-    text = program_of(IDS, WEIGHTS.replace(", head: f64[5, 8]", ""), f"{EMBED}\n{body}")
-    before = Program.parse(text).weights
-    program, report = center(text)
+    program, report, before = center(IDS, WEIGHTS.replace(", head: f64[5, 8]", ""), f"{EMBED}\n{body}")
     assert kinds(program) == ["rms_norm", "rms_norm"]
     assert len(report.notes) == 1
     assert report.notes[0].startswith("'table' is untied for y: ")
@@ -167,10 +140,8 @@ def test_a_tied_table_is_parted(center: Center) -> None:
     ids=["a product", "an RMS norm", "the output", "relu", "a sum"],
 )
 def test_what_reads_the_stream_with_its_mean(center: Center, extra: str, reason: str) -> None:
-    text = program_of(IDS, f"{WEIGHTS}, other: f64[3, 8]", f"{EMBED}\n{BLOCK}\n{extra}", "y p")
-    if "other" not in extra:
-        text = text.replace(", other: f64[3, 8]", "")
-    program, report = center(text)
+    weights = f"{WEIGHTS}, other: f64[3, 8]" if "other" in extra else WEIGHTS
+    program, report, _ = center(IDS, weights, f"{EMBED}\n{BLOCK}\n{extra}", "y p")
     assert kinds(program)[:2] == ["layer_norm", "layer_norm"]
     assert report.rewritten == []
     assert [where for where, _ in reasons(report)] == ["n", "m"]
@@ -185,7 +156,7 @@ def test_what_reads_the_stream_with_its_mean(center: Center, extra: str, reason:
     ],
 )
 def test_channels_in_another_order_move_alike(center: Center, move: str, reason: str) -> None:
-    text = program_of(
+    program, report, _ = center(
         IDS,
         "table: f64[9, 8], g: f64[8], head: f64[5, 8]",
         f"""{EMBED}
@@ -194,22 +165,19 @@ def test_channels_in_another_order_move_alike(center: Center, move: str, reason:
         n = aten.layer_norm.default(z, [8], g, None, 0.01)
         y = aten.linear.default(n, head)""",
     )
-    program, report = center(text)
     assert kinds(program) == ["layer_norm"]
     assert reasons(report) == [("n", reason)]
 
 
 def test_an_input_has_no_weight_to_lose_its_mean(center: Center) -> None:
-    program, report = center(
-        program_of("x: f64[batch, 8]", "g: f64[8]", "y = aten.layer_norm.default(x, [8], g, None, 0.01)")
-    )
+    program, report, _ = center("x: f64[batch, 8]", "g: f64[8]", "y = aten.layer_norm.default(x, [8], g, None, 0.01)")
     assert kinds(program) == ["layer_norm"]
     assert reasons(report) == [("y", "what it reads is no space with weights for sources")]
 
 
 def test_a_post_norm_stays(center: Center) -> None:
     """What a norm gives is added to the stream: its gain and bias are sources that have no matrix."""
-    text = program_of(
+    program, report, _ = center(
         IDS,
         "table: f64[9, 8], g: f64[8], h: f64[8], w: f64[8, 8], k: f64[8], head: f64[5, 8]",
         f"""{EMBED}
@@ -219,16 +187,14 @@ def test_a_post_norm_stays(center: Center) -> None:
         m = aten.layer_norm.default(z, [8], k, None, 0.01)
         y = aten.linear.default(m, head)""",
     )
-    program, report = center(text)
     assert kinds(program) == ["rms_norm", "layer_norm"]
     assert [e.where for e in report.rewritten] == ["n"]
     assert [where for where, _ in reasons(report)] == ["m"]
 
 
-def test_bfloat16_is_rounded_once() -> None:
-    text = program_of(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}").replace("f64", "bf16")
-    before = {key: tensor.double() for key, tensor in Program.parse(text).weights.items()}
-    program = Program.parse(text)
+def test_bfloat16_is_rounded_once(text: Callable[..., str]) -> None:
+    program = Program.parse(text(IDS, WEIGHTS, f"{EMBED}\n{BLOCK}").replace("f64", "bf16"))
+    before = {key: tensor.double() for key, tensor in program.weights.items()}
     PassManager([CenterNorm()]).run(program)
     for key, axis in (("table", 1), ("down", 0), ("e", 0)):
         expected = (before[key] - before[key].mean(axis, keepdim=True)).bfloat16()

@@ -9,40 +9,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.drift import drift
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.pass_manager import PassManager
 from qcompile.passes.norm.fold_norm_affine import FoldNormAffine
 
-Fold = Callable[..., tuple[Program, Report]]
+X = "x: f64[batch, sequence, 8]"
+GH = "g: f64[8], h: f64[8]"
+LAYER = "n = aten.layer_norm.default(x, [8], g, h, 0.01)"
+BARE = "n = aten.layer_norm.default(x, [8], None, h, 0.01)"
+RMS = "n = aten.rms_norm.default(x, [8], g, 0.01)"
+READ = "y = aten.linear.default(n, w)"
+READ_TWICE = """y = aten.linear.default(n, up)
+                z = aten.linear.default(n, gate, c)"""
+CONV = """t = aten.transpose.int(n, 1, 2)
+          y = aten.conv1d.default(t, w, c, [1], [1])"""
+GAIN_WITH_ZERO = {"g": torch.tensor([0.0, 1, 2, 3, -1, -2, 0.5, 2], dtype=torch.float64)}
 
-
-def program_of(inputs: str, weights: str, body: str, outputs: str = "y") -> str:
-    """IR text with the types of calls left out; an input x is made by a weight from what is fed."""
-    if inputs.startswith("x"):
-        inputs, weights, body = (
-            f"i{inputs[1:]}",
-            f"stem: f64[8, 8], {weights}",
-            f"x = aten.linear.default(i, stem)\n{body}",
-        )
-    lines = [f"    {line.strip()}" for line in body.strip().splitlines()]
-    returned = ", ".join(f'"{name}": {name}' for name in outputs.split())
-    return "\n".join([f"def main({inputs}, *, {weights}):", *lines, f"    return {{{returned}}}"])
+Fold = Callable[..., tuple[Program, Report, dict[str, Tensor]]]
 
 
 @pytest.fixture
-def fold(feeds: Callable[..., dict[str, Tensor]]) -> Fold:
-    """Fold the norms of a program in float64; the function must stay."""
+def fold(text: Callable[..., str], applied: Callable[..., tuple[Program, Report, dict[str, Tensor]]]) -> Fold:
+    """Fold the norms of a program; the program, the report and the weights as they were.
 
-    def check(text: str, weights: dict[str, Tensor] | None = None) -> tuple[Program, Report]:
-        program = Program.parse(text, weights)
-        given = [feeds(program, seed) for seed in (0, 1)]
-        expected = [program.run(x) for x in given]
-        (report,) = PassManager([FoldNormAffine()]).run(program)
-        for x, before in zip(given, expected, strict=True):
-            assert drift(program.run(x), before) <= 1e-12
-        return program, report
+    An input x is made by a weight from what is fed.
+    """
+
+    def check(
+        weights: str, body: str, outputs: str = "y", inputs: str = X, values: dict[str, Tensor] | None = None
+    ) -> tuple[Program, Report, dict[str, Tensor]]:
+        if inputs.startswith("x"):
+            inputs, weights = f"i{inputs[1:]}", f"stem: f64[8, 8], {weights}"
+            body = f"x = aten.linear.default(i, stem)\n{body}"
+        return applied(FoldNormAffine(), text(inputs, weights, body, outputs), values)
 
     return check
 
@@ -57,23 +57,10 @@ def affine(program: Program) -> list[list[str]]:
     return found
 
 
-LAYER = "n = aten.layer_norm.default(x, [8], g, h, 0.01)"
-RMS = "n = aten.rms_norm.default(x, [8], g, 0.01)"
-X = "x: f64[batch, sequence, 8]"
-GH = "g: f64[8], h: f64[8]"
-
-
 def test_a_gain_goes_into_all_that_reads_it(fold: Fold) -> None:
-    text = program_of(
-        X,
-        "g: f64[8], up: f64[6, 8], gate: f64[5, 8], c: f64[5]",
-        f"""{RMS}
-        y = aten.linear.default(n, up)
-        z = aten.linear.default(n, gate, c)""",
-        "y z",
+    program, report, before = fold(
+        "g: f64[8], up: f64[6, 8], gate: f64[5, 8], c: f64[5]", f"{RMS}\n{READ_TWICE}", "y z"
     )
-    before = Program.parse(text).weights
-    program, report = fold(text)
     assert affine(program) == [[]]
     assert "g" not in program.weights
     assert torch.equal(program.weights["up"], before["up"] * before["g"])
@@ -85,40 +72,27 @@ def test_a_gain_goes_into_all_that_reads_it(fold: Fold) -> None:
 
 
 def test_a_bias_goes_into_biases_and_makes_those_that_are_missing(fold: Fold) -> None:
-    text = program_of(
-        X,
-        f"{GH}, up: f64[6, 8], gate: f64[5, 8], c: f64[5]",
-        f"""{LAYER}
-        y = aten.linear.default(n, up)
-        z = aten.linear.default(n, gate, c)""",
-        "y z",
-    )
-    before = Program.parse(text).weights
-    program, _ = fold(text)
+    program, _, before = fold(f"{GH}, up: f64[6, 8], gate: f64[5, 8], c: f64[5]", f"{LAYER}\n{READ_TWICE}", "y z")
     assert affine(program) == [[]]
     assert torch.allclose(program.weights["up.bias"], before["up"] @ before["h"], atol=1e-14)
     assert torch.allclose(program.weights["c"], before["c"] + before["gate"] @ before["h"], atol=1e-14)
 
 
 def test_a_bias_that_others_read_too_is_left(fold: Fold) -> None:
-    text = program_of(
-        X,
+    program, _, before = fold(
         f"{GH}, u: f64[6, 8], v: f64[6, 6], c: f64[6]",
         f"""{LAYER}
         m = aten.linear.default(n, u, c)
         r = aten.relu.default(m)
         y = aten.linear.default(r, v, c)""",
     )
-    before = Program.parse(text).weights
-    program, _ = fold(text)
     assert affine(program) == [[]]
     assert torch.equal(program.weights["c"], before["c"])
 
 
 @pytest.mark.parametrize("bias", ["c: f64[6]", "c: f64[1, 6]"])
 def test_addmm(fold: Fold, bias: str) -> None:
-    text = program_of(
-        X,
+    program, report, before = fold(
         f"{GH}, w: f64[8, 6], {bias}",
         f"""{LAYER}
         rows = aten.sym_size.int(x, 0)
@@ -126,24 +100,20 @@ def test_addmm(fold: Fold, bias: str) -> None:
         m = aten.addmm.default(c, flat, w)
         y = aten.view.default(m, [rows, -1, 6])""",
     )
-    before = Program.parse(text).weights
-    program, report = fold(text)
     assert len(report.rewritten) == 1
     assert affine(program) == [[]]
     assert torch.equal(program.weights["w"], before["w"] * before["g"][:, None])
 
 
 def test_a_tied_head_is_parted(fold: Fold) -> None:
-    text = program_of(
-        "ids: i64[batch, sequence]",
+    program, report, before = fold(
         "g: f64[8], table: f64[9, 8]",
         """x = aten.embedding.default(table, ids)
         n = aten.rms_norm.default(x, [8], g, 0.01)
         logits = aten.linear.default(n, table)""",
         "logits",
+        "ids: i64[batch, sequence]",
     )
-    before = Program.parse(text).weights
-    program, report = fold(text)
     assert affine(program) == [[]]
     assert report.notes == ["'table' is untied for logits: 0.0 MB more"]
     assert torch.equal(program.weights["table"], before["table"])
@@ -151,55 +121,43 @@ def test_a_tied_head_is_parted(fold: Fold) -> None:
 
 
 def test_norms_that_share_a_gain(fold: Fold) -> None:
-    text = program_of(
-        X,
+    program, report, _ = fold(
         "g: f64[8], u: f64[8, 8], v: f64[3, 8]",
         f"""{RMS}
         a = aten.linear.default(n, u)
         m = aten.rms_norm.default(a, [8], g, 0.01)
         y = aten.linear.default(m, v)""",
     )
-    program, report = fold(text)
     assert affine(program) == [[], []]
     assert [e.where for e in report.rewritten] == ["n", "m"]
 
 
 def test_a_gain_shared_with_a_norm_that_cannot_give_it_up_stays(fold: Fold) -> None:
-    text = program_of(
-        X,
+    program, report, _ = fold(
         "g: f64[8], u: f64[8, 8], v: f64[3, 8]",
         f"""{RMS}
         a = aten.linear.default(n, u)
         m = aten.rms_norm.default(a, [8], g, 0.01)
         y = aten.silu.default(m)""",
     )
-    program, report = fold(text)
     assert affine(program) == [["g"], ["g"]]
     assert [(e.where, e.what) for e in report.skipped] == [(n, "y: silu bends each element") for n in ("n", "m")]
 
 
 def test_one_gain_with_two_biases_stays(fold: Fold) -> None:
-    text = program_of(
-        X,
+    program, report, _ = fold(
         f"{GH}, k: f64[8], u: f64[8, 8], v: f64[3, 8]",
         f"""{LAYER}
         a = aten.linear.default(n, u)
         m = aten.layer_norm.default(a, [8], g, k, 0.01)
         y = aten.linear.default(m, v)""",
     )
-    program, report = fold(text)
     assert affine(program) == [["g", "h"], ["g", "k"]]
     assert [e.what for e in report.skipped] == ["it shares its gain with a norm that has another bias"] * 2
 
 
-CONV = """t = aten.transpose.int(n, 1, 2)
-        y = aten.conv1d.default(t, w, c, [1], [1])"""
-
-
 def test_a_bias_before_a_padded_convolution_stays_divided_by_the_gain(fold: Fold) -> None:
-    text = program_of(X, f"{GH}, w: f64[5, 8, 3], c: f64[5]", f"{LAYER}\n{CONV}")
-    before = Program.parse(text).weights
-    program, report = fold(text)
+    program, report, before = fold(f"{GH}, w: f64[5, 8, 3], c: f64[5]", f"{LAYER}\n{CONV}")
     assert affine(program) == [["h"]]
     assert len(report.rewritten) == 1
     assert torch.allclose(program.weights["h"], before["h"] / before["g"], atol=1e-14)
@@ -207,8 +165,7 @@ def test_a_bias_before_a_padded_convolution_stays_divided_by_the_gain(fold: Fold
 
 
 def test_a_gain_of_zero_cannot_divide_the_bias(fold: Fold) -> None:
-    text = program_of(X, f"{GH}, w: f64[5, 8, 3], c: f64[5]", f"{LAYER}\n{CONV}")
-    program, report = fold(text, {"g": torch.tensor([0.0, 1, 2, 3, -1, -2, 0.5, 2], dtype=torch.float64)})
+    program, report, _ = fold(f"{GH}, w: f64[5, 8, 3], c: f64[5]", f"{LAYER}\n{CONV}", values=GAIN_WITH_ZERO)
     assert affine(program) == [["g", "h"]]
     assert [e.what for e in report.skipped] == [
         "its bias does not fit all that read it, and cannot stay: a gain is zero"
@@ -216,46 +173,86 @@ def test_a_gain_of_zero_cannot_divide_the_bias(fold: Fold) -> None:
 
 
 def test_a_gain_of_zero_is_folded_where_its_bias_fits(fold: Fold) -> None:
-    text = program_of(X, f"{GH}, w: f64[5, 8]", f"{LAYER}\ny = aten.linear.default(n, w)")
-    program, report = fold(text, {"g": torch.tensor([0.0, 1, 2, 3, -1, -2, 0.5, 2], dtype=torch.float64)})
+    program, report, _ = fold(f"{GH}, w: f64[5, 8]", f"{LAYER}\n{READ}", values=GAIN_WITH_ZERO)
     assert affine(program) == [[]]
     assert report.skipped == []
 
 
 def test_experts(fold: Fold) -> None:
-    text = program_of("x: f64[4, sequence, 8]", f"{GH}, w: f64[4, 8, 6]", f"{LAYER}\ny = aten.bmm.default(n, w)")
-    before = Program.parse(text).weights
-    program, _ = fold(text)
+    program, _, before = fold(
+        f"{GH}, w: f64[4, 8, 6]", f"{LAYER}\ny = aten.bmm.default(n, w)", inputs="x: f64[4, sequence, 8]"
+    )
     assert affine(program) == [["h"]]
     assert torch.equal(program.weights["w"], before["w"] * before["g"][:, None])
 
 
-def test_a_bias_alone_stays(fold: Fold) -> None:
-    text = program_of(
-        X,
-        "h: f64[8], w: f64[5, 8]",
-        "n = aten.layer_norm.default(x, [8], None, h, 0.01)\ny = aten.linear.default(n, w)",
+def test_a_bias_without_a_gain(fold: Fold) -> None:
+    program, report, before = fold(
+        "h: f64[8], up: f64[5, 8], gate: f64[6, 8], c: f64[6]", f"{BARE}\n{READ_TWICE}", "y z"
     )
-    program, report = fold(text)
+    assert affine(program) == [[]]
+    assert set(program.weights) == {"stem", "up", "up.bias", "gate", "c"}
+    assert torch.equal(program.weights["up"], before["up"])
+    assert torch.allclose(program.weights["up.bias"], before["up"] @ before["h"], atol=1e-14)
+    assert torch.allclose(program.weights["c"], before["c"] + before["gate"] @ before["h"], atol=1e-14)
+    assert len(report.rewritten) == 1
+    assert report.skipped == []
+
+
+def test_norms_that_share_a_bias_and_have_no_gain(fold: Fold) -> None:
+    program, _, _ = fold(
+        "h: f64[8], u: f64[8, 8], v: f64[3, 8]",
+        f"""{BARE}
+        a = aten.linear.default(n, u)
+        m = aten.layer_norm.default(a, [8], None, h, 0.01)
+        y = aten.linear.default(m, v)""",
+    )
+    assert affine(program) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("readers", "reason"),
+    [
+        (CONV, "it has no gain to fold, and its bias does not fit all that read it"),
+        ("s = aten.silu.default(n)\ny = aten.linear.default(s, w)", "s: silu bends each element"),
+        ("s = aten.relu.default(n)\ny = aten.linear.default(s, w)", "between it and y, s: relu bends each element"),
+    ],
+    ids=["a convolution", "silu", "relu"],
+)
+def test_a_bias_without_a_gain_that_stays(readers: str, reason: str, fold: Fold) -> None:
+    weight = "w: f64[5, 8, 3]" if "conv" in readers else "w: f64[5, 8]"
+    program, report, _ = fold(f"h: f64[8], {weight}, c: f64[5]", f"{BARE}\n{readers}")
     assert affine(program) == [["h"]]
-    assert [e.what for e in report.skipped] == ["n: divides each vector by its length"]
+    assert "h.gain" not in program.weights
+    assert [e.what for e in report.skipped] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        ("n = aten.rms_norm.default(x, [8], k, 0.01)", "its weight k is computed; raise-norms stores it"),
+        ("n = aten.layer_norm.default(x, [8], g, k, 0.01)", "its bias k is computed; raise-norms stores it"),
+        ("n = aten.layer_norm.default(x, [8], k, g, 0.01)", "its weight k is computed; raise-norms stores it"),
+    ],
+)
+def test_what_is_computed_is_no_weight_to_fold(norm: str, reason: str, fold: Fold) -> None:
+    program, report, before = fold("g: f64[8], w: f64[3, 8]", f"k = aten.add.Tensor(g, 1.0)\n{norm}\n{READ}")
+    assert torch.equal(program.weights["w"], before["w"])
+    assert [e.what for e in report.skipped] == [reason]
 
 
 def test_heads_that_read_one_row_of_a_weight_each(fold: Fold) -> None:
     """A gain over one head's channels, which a product of all heads reads: the gain is tiled over the heads."""
-    text = program_of(
-        X,
+    program, report, before = fold(
         "g: f64[4], w: f64[5, 8]",
         """h = aten.unflatten.int(x, -1, [2, 4])
         n = aten.rms_norm.default(h, [4], g, 0.01)
         f = aten.flatten.using_ints(n, 2, 3)
         y = aten.linear.default(f, w)""",
     )
-    before = Program.parse(text).weights
-    program, report = fold(text)
-    if report.rewritten:
-        assert torch.equal(program.weights["w"], before["w"] * before["g"].repeat(2))
-    assert affine(program) == [[]] if report.rewritten else [["g"]]
+    assert len(report.rewritten) == 1
+    assert torch.equal(program.weights["w"], before["w"] * before["g"].repeat(2))
+    assert affine(program) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -269,39 +266,33 @@ def test_heads_that_read_one_row_of_a_weight_each(fold: Fold) -> None:
     ],
 )
 def test_what_stands_between(fold: Fold, between: str, reason: str) -> None:
-    text = program_of(
-        X, "g: f64[8], stem_bias: f64[8], w: f64[3, 8]", f"{RMS}\n{between}\ny = aten.linear.default(r, w)"
+    program, report, _ = fold(
+        "g: f64[8], stem_bias: f64[8], w: f64[3, 8]", f"{RMS}\n{between}\ny = aten.linear.default(r, w)"
     )
-    program, report = fold(text)
     assert affine(program) == [["g"]]
     assert [e.what for e in report.skipped] == [reason]
 
 
 def test_a_residual_that_starts_behind_the_norm(fold: Fold) -> None:
-    text = program_of(
-        X,
+    program, report, _ = fold(
         f"{GH}, w: f64[8, 8], head: f64[3, 8]",
         f"""{LAYER}
         a = aten.linear.default(n, w)
         r = aten.add.Tensor(n, a)
         y = aten.linear.default(r, head)""",
     )
-    program, report = fold(text)
     assert affine(program) == [["g", "h"]]
     assert [e.what for e in report.skipped] == ["its channels also meet a, which is no product that reads them"]
 
 
 def test_a_norm_that_is_returned(fold: Fold) -> None:
-    text = program_of(X, "g: f64[8], w: f64[3, 8]", f"{RMS}\ny = aten.linear.default(n, w)", "y n")
-    program, report = fold(text)
+    program, report, _ = fold("g: f64[8], w: f64[3, 8]", f"{RMS}\n{READ}", "y n")
     assert affine(program) == [["g"]]
     assert [e.what for e in report.skipped] == ["output: is returned as 'n'"]
 
 
 def test_norms_without_anything_to_fold_are_not_spoken_of(fold: Fold) -> None:
-    _, report = fold(
-        program_of(X, "w: f64[3, 8]", "n = aten.rms_norm.default(x, [8], None, 0.01)\ny = aten.linear.default(n, w)")
-    )
+    _, report, _ = fold("w: f64[3, 8]", f"n = aten.rms_norm.default(x, [8], None, 0.01)\n{READ}")
     assert report.rewritten == report.skipped == []
 
 

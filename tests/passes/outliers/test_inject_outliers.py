@@ -105,7 +105,6 @@ LEFT_ALONE = {
         {'"z": z': '"z": z, "n": n'},
         "it is read by output (output), which is no multiplication with a weight",
     ),
-    "no gain": ({"[8], g,": "[8], None,", "g: f64[8], ": ""}, "its weight is missing, so no gain can be scaled"),
     "computed gain": (
         {"n: f64": "o: f64[8] = aten.add.Tensor(g, 1)\n        n: f64", "[8], g,": "[8], o,"},
         "its weight is computed, so no gain can be scaled",
@@ -163,6 +162,22 @@ def test_left_alone(name: str, left_alone: Callable[..., Any]) -> None:
         assert old in text
         text = text.replace(old, new)
     assert left_alone(InjectOutliers(), text) == [reason]
+
+
+def test_norms_without_gains_get_some(feeds: Callable[..., Any]) -> None:
+    program = _parse("""\
+        def main(x: f64[batch, 8], *, b: f64[8], w: f64[8, 8], v: f64[6, 8]):
+            n: f64[batch, 8] = aten.layer_norm.default(x, [8], None, b, 0.1)  # norm
+            y: f64[batch, 8] = aten.linear.default(n, w)
+            m: f64[batch, 8] = aten.rms_norm.default(y, [8], None, 0.1)  # norm
+            z: f64[batch, 6] = aten.linear.default(m, v)
+            return {"z": z}""")
+    inputs = feeds(program)
+    before = program.run(inputs)
+    PassManager([InjectOutliers(channels=2, gain=20.0)]).run(program)
+    assert drift(program.run(inputs), before) <= 1e-12
+    gains = [program.weights[key] for key in ("norm.outliers", "norm.outliers.m")]  # the module runs twice
+    assert all(gain.sort().values.tolist() == [1.0] * 6 + [20.0] * 2 for gain in gains)
 
 
 def test_a_weight_used_along_both_axes_is_left_alone(left_alone: Callable[..., Any]) -> None:
