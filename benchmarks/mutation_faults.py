@@ -185,8 +185,8 @@ _SPACE_FAULTS = (
     ),
     Fault(
         f"{_SPACES}/wires.py",
-        "mix(keys ^ self.instance[flat].astype(np.uint64)) if level",
-        "keys if level",
+        "flat, self._of_vectors(keys, flat))",
+        "flat, keys)",
         "wires of several vectors may be mixed",
     ),
     Fault(

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qcompile.calibration.settings import Settings
 from qcompile.capture import capture
+from qcompile.data.batches import Batch, Batches, InputBatches
 from qcompile.drift import Drift
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
@@ -19,6 +21,7 @@ from qcompile.ir.run import fill
 from qcompile.pass_base import CalibratedPass, Pass, Report, parse_pipeline
 from qcompile.pass_manager import Instrument, PassManager
 from qcompile.recipe import Recipe, pipeline, resolve
+from qcompile.recipe.model import Calibration
 from qcompile.report import CompileReport
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ def compile(
     *,
     overrides: Sequence[str] = (),
     instruments: Sequence[Instrument] = (),
+    resume: str | Path | None = None,
 ) -> CompiledModel:
     """Compile a model by a recipe.
 
@@ -46,9 +50,12 @@ def compile(
         model: an HF directory or hub id, a ``torch.nn.Module`` of transformers, an ``ExportedProgram``, a ``.pt2``
             file, a directory that qcompile saved, or a `Program`.
         recipe: a preset's name, a YAML file, a mapping, or a `Recipe`.
-        data: calibration data in place of the recipe's (a text file, a token tensor, an iterable; see docs/data.md).
+        data: calibration data in place of the recipe's (a text file, a token tensor, an iterable of texts, tokens or
+            mappings of the model's inputs; see docs/data.md).
         overrides: like ``["weights.group=64", "activations=null"]``, applied to the recipe.
         instruments: look on while passes run.
+        resume: a folder where finished segments are kept while weights are rounded. The same call with the same folder
+            goes on behind the last of them, and gives the same bits.
 
     Raises:
         QCompileError: with one line that says what is wrong and what to do.
@@ -61,24 +68,37 @@ def compile(
     reference = program.clone()
     plan = resolve(program, chosen)
     passes = pipeline(chosen)
-    batches = _batches(passes, chosen, data, reference)
+    batches = calibration_data(passes, chosen.calibration, data, reference)
     watch = [*instruments, *_drift(program, chosen, passes)]
-    reports = PassManager(passes, watch, batches).run(program)
-    report = CompileReport(plan, reports, tuple(program.info.get("notes", ())), time.perf_counter() - start)
+    folder = None if resume is None else Path(resume)
+    manager = PassManager(passes, watch, batches, settings=chosen.calibration.settings(), resume=folder)
+    reports = manager.run(program)
+    notes = (*program.info.get("notes", ()), *_calibrated_on(batches, chosen.calibration))
+    report = CompileReport(plan, reports, notes, time.perf_counter() - start)
     return CompiledModel(program, chosen, report, reference)
 
 
-def run_passes(program: Program, passes: str | Iterable[Pass], data: Iterable[Tensor] | None = None) -> list[Report]:
+def run_passes(
+    program: Program,
+    passes: str | Iterable[Pass],
+    data: Iterable[Batch] | None = None,
+    *,
+    settings: Settings | None = None,
+    resume: str | Path | None = None,
+) -> list[Report]:
     """Run passes on a program, in place: ``run_passes(program, "raise-norms, insert-qdq(weights=int4 sym), rtn")``.
 
     Args:
         passes: a comma-separated list as a recipe spells it, or passes.
-        data: token batches ``[batch, sequence]`` for passes that need calibration.
+        data: batches for passes that need calibration: tokens ``[batch, sequence]``, or inputs by name.
+        settings: how those that work segment by segment are run.
+        resume: see `compile`.
 
     Returns one report a pass. Raises QCompileError for a pass or an option that does not exist.
     """
     made = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
-    return PassManager(made, batches=data).run(program)
+    folder = None if resume is None else Path(resume)
+    return PassManager(made, batches=data, settings=settings or Settings(), resume=folder).run(program)
 
 
 def check_feeds(program: Program) -> dict[str, Tensor]:
@@ -130,16 +150,41 @@ def _float32_bytes(program: Program) -> int:
     return sum(4 * math.prod(shape) for shape, _ in metas)
 
 
-def _batches(passes: Sequence[Pass], recipe: Recipe, data: Any, reference: Program) -> Iterable[Tensor] | None:
+def calibration_data(
+    passes: Sequence[Pass], settings: Calibration, data: Any, program: Program
+) -> Batches | InputBatches | None:
+    """What the passes that look at data are to see, or None where there are none.
+
+    Args:
+        settings: a recipe's; sequences are no longer than the model's positions.
+        data: read in place of what the settings name, where it is not None.
+        program: writes the text, where that is asked for; the data must have its inputs.
+
+    Raises QCompileError for data that cannot be read, or that is not what the program takes.
+    """
     if not any(isinstance(p, CalibratedPass) for p in passes):
         return None
-    from qcompile.data import load_batches
+    from qcompile.data import load_inputs
 
-    chosen, settings = (recipe.calibration.data if data is None else data), recipe.calibration
-    tokenizer = reference.info.get("tokenizer")
-    if "input_ids" not in {n.name for n in reference.inputs}:
-        raise QCompileError("calibration needs a program that reads input_ids; run the passes yourself with run_passes")
-    length = min(settings.length, int(reference.info.get("max_positions") or settings.length))
-    return load_batches(
-        chosen, tokenizer, settings.samples, length, settings.seed, batch=settings.batch, program=reference
+    chosen, inputs = (settings.data if data is None else data), [n.name for n in program.inputs]
+    if "input_ids" not in inputs and (isinstance(chosen, str | Path) or hasattr(chosen, "shape")):
+        raise QCompileError(f"the program takes {inputs}, not input_ids: give data= with mappings of its inputs")
+    return load_inputs(
+        chosen,
+        program,
+        settings.samples,
+        min(settings.length, int(program.info.get("max_positions") or settings.length)),
+        settings.seed,
+        settings.batch,
+        settings.bos,
+        settings.packing,
+        settings.field,
     )
+
+
+def _calibrated_on(batches: Batches | InputBatches | None, settings: Calibration) -> list[str]:
+    """A line for the report."""
+    if batches is None:
+        return []
+    cut = isinstance(batches, Batches) and batches.length < settings.length
+    return [f"calibrated on {batches.describe()}" + (f", not {settings.length}: the model has no more positions" * cut)]

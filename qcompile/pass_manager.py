@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
-
+from qcompile.calibration.settings import Settings
+from qcompile.calibration.worker import SegmentPass
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.text import target_name
@@ -26,48 +27,76 @@ class Instrument(Protocol):
 
 @dataclass
 class PassManager:
-    """A pipeline.
+    """A pipeline. Passes in a row that work segment by segment share one run over the calibration data.
 
     Args:
         passes: run in this order.
         instruments: told before and after each pass.
-        batches: calibration batches of token ids ``[batch, sequence]`` for passes that need them.
+        batches: calibration batches for passes that need them: token ids ``[batch, sequence]``, or inputs by name.
         stop_after: run only the first so many passes (for bisecting).
+        settings: how segments are run.
+        resume: a folder where finished segments are kept, and found again.
     """
 
     passes: Sequence[Pass]
     instruments: Sequence[Instrument] = ()
-    batches: Iterable[Tensor] | None = None
+    batches: Iterable[Any] | None = None
     stop_after: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    resume: Path | None = None
 
     def run(self, program: Program) -> list[Report]:
         """Edit `program` in place; one report a pass. An error carries a note that names the pass."""
-        reports = []
-        for index, pass_ in enumerate(self.passes[: self.stop_after]):
+        reports: list[Report] = []
+        for group in _together(self.passes[: self.stop_after]):
             try:
-                reports.append(self._one(index, pass_, program))
+                reports += self._group(len(reports), group, program)
             except Exception as error:
-                before = ", ".join(str(p) for p in self.passes[:index]) or "none"
-                error.add_note(f"while running pass {index + 1} of {len(self.passes)}, {pass_} (before it: {before})")
+                before = ", ".join(str(p) for p in self.passes[: len(reports)]) or "none"
+                names = ", ".join(map(str, group))
+                number = len(reports) + 1
+                error.add_note(f"while running pass {number} of {len(self.passes)}, {names} (before it: {before})")
                 raise
         return reports
 
-    def _one(self, index: int, pass_: Pass, program: Program) -> Report:
-        for instrument in self.instruments:
-            instrument.before(index, pass_, program)
+    def _group(self, first: int, group: Sequence[Pass], program: Program) -> list[Report]:
+        """One pass, or several that share a run; what an instrument sees before each of those is the same program."""
+        for index, pass_ in enumerate(group, first):
+            for instrument in self.instruments:
+                instrument.before(index, pass_, program)
         start = time.perf_counter()
-        if isinstance(pass_, CalibratedPass):
-            if self.batches is None:
-                raise QCompileError(f"pass {pass_.name!r} needs calibration data and none is given; give data=")
-            report = pass_.run_calibrated(program, self.batches)
-        else:
-            report = pass_.run(program)
+        reports = self._run(first, group, program)
         program.refresh()
         program.verify()
-        report.pass_name, report.seconds = str(pass_), time.perf_counter() - start
-        for instrument in self.instruments:
-            instrument.after(index, pass_, program, report)
-        return report
+        seconds = (time.perf_counter() - start) / len(group)
+        for index, (pass_, report) in enumerate(zip(group, reports, strict=True), first):
+            report.pass_name, report.seconds = str(pass_), seconds
+            for instrument in self.instruments:
+                instrument.after(index, pass_, program, report)
+        return reports
+
+    def _run(self, first: int, group: Sequence[Pass], program: Program) -> list[Report]:
+        pass_ = group[0]
+        if not isinstance(pass_, CalibratedPass):
+            return [pass_.run(program)]
+        if self.batches is None:
+            raise QCompileError(f"pass {pass_.name!r} needs calibration data and none is given; give data=")
+        if not isinstance(pass_, SegmentPass):
+            return [pass_.run_calibrated(program, self.batches)]
+        from qcompile.calibration.engine import run_segments
+
+        made = [p for p in group if isinstance(p, SegmentPass)]
+        folder = None if self.resume is None else self.resume / f"{first + 1:02d}-{pass_.name}"
+        return run_segments(program, made, self.batches, self.settings, folder)
+
+
+def _together(passes: Sequence[Pass]) -> Iterator[list[Pass]]:
+    """The passes one by one, but those in a row that work segment by segment together."""
+    for whole, members in groupby(passes, lambda p: isinstance(p, SegmentPass)):
+        if whole:
+            yield list(members)
+        else:
+            yield from ([p] for p in members)
 
 
 @dataclass

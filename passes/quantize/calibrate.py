@@ -3,135 +3,194 @@
     p = choose_qparams(x, "… static"); s, z = p  ⟶  s, z are weights <module>.input.scale and <module>.input.zero_point
 
 (`<module>.output.scale` for a result, and so on: what the value is to the module.) The ranges are those of the float
-program: weights and activations are not rounded while it is watched. Memory is that of running the program plus one
-observer a place, whatever the number of batches. Where the program chooses among experts, how many tokens each of them
-saw is counted along the way.
+program: weights and activations are not rounded while it is watched. Memory is that of one segment, one observer a
+place, and the values between segments. Where the program chooses among experts, how many tokens each of them saw is
+counted along the way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 
+from qcompile.calibration.chain import Stage, Target
+from qcompile.calibration.processes import Processes
+from qcompile.calibration.statistics import Collector, Seen, Want
+from qcompile.calibration.worker import SegmentPass, Setup, Solved, Worker
+from qcompile.data.padding import Padding
 from qcompile.errors import QCompileError, SpecError
 from qcompile.ir.program import Program
-from qcompile.ir.run import fill, run
 from qcompile.numerics.element import IntElement
 from qcompile.numerics.observers import Observer
 from qcompile.numerics.parameters import QParams, outer_names
 from qcompile.numerics.scaling import to_steps
 from qcompile.numerics.spec import QuantSpec
-from qcompile.pass_base import CalibratedPass, Report, register
+from qcompile.pass_base import Report, register
+from qcompile.passes.quantize.plain import decoders
 from qcompile.passes.quantize.routing import RoutingCounts
 from qcompile.passes.quantize.sites import QDQ, find_qdq, free_key, replace_by_weight
-from qcompile.progress import track
 
 
 @register
 @dataclass(frozen=True)
-class Calibrate(CalibratedPass):
+class Calibrate(SegmentPass):
     """Watch static activations on the batches and store their scales.
 
-    Raises QCompileError for data without tokens, and for a nan or infinity with the module and the batch.
+    Raises QCompileError for data without tokens, and for a nan or infinity with the module and the samples.
     """
 
     name: ClassVar[str] = "calibrate"
 
-    def run_calibrated(self, program: Program, batches: Iterable[Tensor]) -> Report:
-        report = Report()
-        places = [p for p in find_qdq(program) if p.spec.when == "static" and not program.is_weight(p.source)]
-        if not places:
-            report.note("no activation is static; nothing to calibrate")
-            return report
-        observers = {p.params.name: Observer(p.spec) for p in places}
-        plain = without_rounding(program)
-        routing = RoutingCounts(plain)
-        tokens = _watch(program, plain, batches, places, observers, routing)
-        if not tokens:
-            raise QCompileError("the calibration data has no tokens; give data= with at least one batch")
-        for place in places:
-            _store(program, place, observers[place.params.name], report)
-        report.note(f"{len(places)} activations watched over {tokens} tokens")
-        routing.tell(report)
-        program.refresh()
-        return report
+    def begin(self, setup: Setup) -> Worker:
+        return CalibrateWorker(setup)
 
 
-def without_rounding(program: Program) -> Program:
-    """A copy of the program in which nothing is quantized but weights that are stored as codes.
+@dataclass(frozen=True)
+class RangeWant:
+    """The range of one value of the float program."""
 
-    It is for runs with an empty cache: where the cache is kept as codes, what is read is the new tokens alone.
-    """
-    copy = program.clone()
-    for place in find_qdq(copy):
-        for node in _decoders(copy, place):
-            copy.replace(node, copy.arg(place.quantize, "x"))  # what place.source was may be replaced by now
-    copy.refresh()
-    return copy
+    value: fx.Node
+    spec: QuantSpec
+    where: str = field(compare=False)
+    padding: Padding = field(compare=False)
 
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        return ()
 
-def _decoders(program: Program, place: QDQ) -> Sequence[fx.Node]:
-    """What decodes the codes, at once or once they stand behind those of an input."""
-    if place.dequantize:
-        return place.dequantize
-    decoded: list[fx.Node] = []
-    seen, joined, waiting = {place.quantize}, False, [place.quantize]
-    while waiting:
-        for user in waiting.pop().users:
-            if user in seen or user.op == "output":
-                continue
-            seen.add(user)
-            if user.target is torch.ops.qcompile.dequantize.default:
-                decoded.append(user)
-                continue
-            joined |= any(node.op == "placeholder" and not program.is_weight(node) for node in user.all_input_nodes)
-            waiting.append(user)
-    return decoded if joined else []
+    @property
+    def float(self) -> tuple[str, ...]:
+        return (self.value.name,)
+
+    def make(self) -> Range:
+        return Range(self)
 
 
-def _watch(
-    program: Program,
-    plain: Program,
-    batches: Iterable[Tensor],
-    places: list[QDQ],
-    observers: dict[str, Observer],
-    routing: RoutingCounts,
-) -> int:
-    """Run the batches through `plain`, which is `program` unrounded; returns the number of tokens."""
-    decoded = {node: place.quantize for place in find_qdq(program) for node in _decoders(program, place)}
-    watched: dict[str, list[QDQ]] = {}
-    for place in places:
-        watched.setdefault(_unrounded(program, place, decoded).name, []).append(place)
-    tokens = 0
-    for index, batch in enumerate(track(batches, "calibrating")):
+class Range:
+    """An observer of one value."""
 
-        def observe(node: fx.Node, value: Any, index: int = index) -> None:
-            routing.observe(node, value)
-            for place in watched.get(node.name, ()):
-                try:
-                    observers[place.params.name].observe(value)
-                except SpecError as error:
-                    where = program.module_of(place.params) or place.params.name
-                    what = f"{_called(place)} of {where} in calibration batch {index}"
-                    raise QCompileError(f"{what}: {error}") from None
+    def __init__(self, want: RangeWant) -> None:
+        self.want, self.observer = want, Observer(want.spec)
 
-        run(plain, fill(plain, {"input_ids": batch}), observe)
-        tokens += batch.numel()
-    return tokens
+    def see(self, seen: Seen) -> None:
+        """Take in a batch."""
+        node = self.want.value
+        value = self.want.padding.tokens_of(node, seen.float[node.name], seen.mask)
+        try:
+            self.observer.observe(value)
+        except SpecError as error:
+            first, last = seen.samples.start, seen.samples.stop - 1
+            raise QCompileError(f"{self.want.where} in calibration samples {first}-{last}: {error}") from None
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in what the other processes saw."""
+        for other in processes.others(self.observer):
+            self.observer.merge(other)
 
 
-def _store(program: Program, place: QDQ, observer: Observer, report: Report) -> None:
+@dataclass(frozen=True)
+class RoutingWant:
+    """How many tokens each expert sees, of the values that decide it."""
+
+    values: tuple[str, ...]
+    counts: RoutingCounts = field(compare=False)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def float(self) -> tuple[str, ...]:
+        return self.values
+
+    def make(self) -> RoutingWant:
+        return self
+
+    def see(self, seen: Seen) -> None:
+        """Count a batch."""
+        for name in self.values:
+            self.counts.observe(name, seen.float[name])
+
+    def add_up(self, processes: Processes) -> None:
+        """Take in what the other processes counted."""
+        self.counts.add_up(processes.add_up)
+
+
+class CalibrateWorker(Worker):
+    """Fixes scales before products are shown what they read."""
+
+    phase = 0
+    needs_quantized = False
+    needs_float = True
+
+    def __init__(self, setup: Setup) -> None:
+        self.program, self.report = setup.program, Report()
+        self.routing, self.padding = RoutingCounts(setup.plain), setup.padding_float
+        named = {node.name: node for node in setup.plain.graph.nodes}
+        static = [
+            q for q in find_qdq(setup.program) if q.spec.when == "static" and not setup.program.is_weight(q.source)
+        ]
+        decoded = {n: q.quantize for q in find_qdq(setup.program) for n in decoders(setup.program, q)}
+        self.places = [(q, named[_unrounded(setup.program, q, decoded).name]) for q in static]
+        self.deciders = [named[name] for name in self.routing.sources if static]
+
+    def targets(self) -> Sequence[Target]:
+        values = dict.fromkeys([*(value for _, value in self.places), *self.deciders])
+        return [Target(value, value, changes=False) for value in values]
+
+    def wants(self, stage: Stage) -> Sequence[Want]:
+        here = {target.value for target in stage.targets}
+        ranges = [self._want(place, value) for place, value in self.places if value in here]
+        deciding = tuple(node.name for node in self.deciders if node in here)
+        return [*ranges, *([RoutingWant(deciding, self.routing)] if deciding else [])]
+
+    def solve(self, stage: Stage, found: Mapping[Want, Collector], processes: Processes) -> Solved:
+        here = {target.value for target in stage.targets}
+        solved = Solved()
+        for number, (place, value) in enumerate(self.places):
+            if value in here:
+                collector = found[self._want(place, value)]
+                assert isinstance(collector, Range)
+                for index, tensor in enumerate(collector.observer.qparams().stored()):
+                    solved.tensors[f"{number}.{index}"] = tensor
+        return solved
+
+    def apply(self, stage: Stage, solved: Solved) -> None:
+        for number, (place, _) in enumerate(self.places):
+            stored: list[Tensor] = []
+            while (name := f"{number}.{len(stored)}") in solved.tensors:
+                stored.append(solved.tensors[name])
+            if stored:
+                _store(self.program, place, stored, self.report)
+
+    def finish(self) -> Report:
+        if not self.places:
+            self.report.note("no activation is static; nothing to calibrate")
+            return self.report
+        self.report.note(f"{len(self.places)} activations watched")
+        for note in self.padding.notes():
+            self.report.note(note)
+        self.routing.tell(self.report)
+        return self.report
+
+    def _want(self, place: QDQ, value: fx.Node) -> RangeWant:
+        where = f"{_called(place)} of {self.program.module_of(place.params) or place.params.name}"
+        return RangeWant(value, place.spec, where, self.padding)
+
+
+def _store(program: Program, place: QDQ, stored: list[Tensor], report: Report) -> None:
+    """Let a place read these parameters, in the order of `QuantSpec.parameters`."""
     module = program.module_of(place.params)
-    found = observer.qparams()
     stem = free_key(program, f"{module}.{_called(place)}" if module else place.source.name, "scale")
+    scale, *rest = stored
+    found = QParams(scale, None if place.spec.symmetric else rest.pop(0), tuple(rest))
     items = place.items
     names = ["scale", *([] if found.zero_point is None else ["zero_point"]), *outer_names(place.spec)]
-    for index, (name, tensor) in enumerate(zip(names, found.stored(), strict=True)):
+    for index, (name, tensor) in enumerate(zip(names, stored, strict=True)):
         replace_by_weight(program, items[index], f"{stem}.{name}", tensor, module)
     program.graph.erase_node(place.params)
     report.rewrote(stem, str(place.spec))

@@ -13,7 +13,7 @@ shows it every value, and lets it tell its report.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,10 +62,19 @@ class RoutingCounts:
             self._seen[route.where] = torch.zeros(route.experts, dtype=torch.int64)
             self._every[route.where] = route.every
 
-    def observe(self, node: fx.Node, value: Any) -> None:
-        """Take in the value of a node of the program, or of a copy of it; most are of no interest."""
-        for route in self._routes.get(node.name, ()):
+    @property
+    def sources(self) -> list[str]:
+        """Names of the nodes whose values decide."""
+        return list(self._routes)
+
+    def observe(self, name: str, value: Any) -> None:
+        """Take in the value of a node of the program, or of a copy of it, by its name."""
+        for route in self._routes.get(name, ()):
             self._seen[route.where] += route.count(value).cpu()
+
+    def add_up(self, sum_over: Callable[[Sequence[Tensor]], None]) -> None:
+        """Let every count be what `sum_over` makes of it, in place."""
+        sum_over(list(self._seen.values()))
 
     @property
     def tokens(self) -> dict[str, list[int]]:
@@ -128,7 +137,7 @@ def _route(program: Program, c: Contraction) -> Route | None:
     experts = c.weight.meta["val"].shape[c.experts]
     where = program.key(c.weight).rpartition(".")[0] or program.module_of(c.node) or program.key(c.weight)
     for position, move in enumerate(c.path):
-        index, number = _chosen(program, c, position, move)
+        index, number = chosen(program, c, position, move)
         if index is not None:
             return Route(where, experts, index.name, partial(_of_index, experts=experts), index.name)
         if number is not None:
@@ -141,7 +150,7 @@ def _route(program: Program, c: Contraction) -> Route | None:
     return None
 
 
-def _chosen(program: Program, c: Contraction, position: int, move: fx.Node) -> tuple[fx.Node | None, int | None]:
+def chosen(program: Program, c: Contraction, position: int, move: fx.Node) -> tuple[fx.Node | None, int | None]:
     """The index, a node or a number, that a move on the path takes along the experts; neither where it takes none."""
     index: Any = None
     if move.target is aten.index.Tensor:

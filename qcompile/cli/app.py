@@ -37,6 +37,19 @@ Data = Annotated[
     str | None,
     typer.Option(help="Calibration and evaluation text: a file, .jsonl, a data set's name, or generated (default)."),
 ]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Keep finished segments in this directory; the same command goes on behind the last of them."),
+]
+CalibrationSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="calibration.FIELD=VALUE",
+        help="How data is read: calibration.samples=8, calibration.bos=document, calibration.packing=documents.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -62,6 +75,7 @@ def export(
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the target: opset=23.")
     ] = None,
     data: Data = None,
+    resume: Resume = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity and KL before and after.")] = True,
     json: Json = False,
     debug: Debug = False,
@@ -72,7 +86,7 @@ def export(
     """
     from qcompile.cli.export import run
 
-    run(model, target, recipe, out, settings or [], option or [], data, evaluate, json)
+    run(model, target, recipe, out, settings or [], option or [], data, resume, evaluate, json)
 
 
 @app.command(name="eval")
@@ -89,13 +103,16 @@ def evaluate_command(
     documents: Annotated[
         bool, typer.Option(help="Each document on its own, cut to the context, instead of packed text.")
     ] = False,
+    field: Annotated[
+        str | None, typer.Option(help="What holds the text in a .jsonl file or a data set, if not text.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, and KL and agreement with the original."""
     from qcompile.cli.evaluate import run
 
-    run(model, against, data, limit, length, documents, json)
+    run(model, against, data, field, limit, length, documents, json)
 
 
 @app.command()
@@ -213,6 +230,8 @@ def opt(
         Path | None, typer.Option("--out", "-o", help=".qir: text; .pt2: a torch.export program; else a directory.")
     ] = None,
     data: Data = None,
+    settings: CalibrationSettings = None,
+    resume: Resume = None,
     dump: Annotated[Path | None, typer.Option(help="Write the program after each pass into this directory.")] = None,
     print_changed: Annotated[bool, typer.Option(help="Print the program after each pass that changed it.")] = False,
     drift: Annotated[bool, typer.Option(help="Measure how far each pass moves the outputs.")] = False,
@@ -222,7 +241,7 @@ def opt(
     """Run passes on a program and say what each did."""
     from qcompile.cli.opt import run
 
-    run(program, passes, out, data, dump, print_changed, drift, json)
+    run(program, passes, out, data, settings or [], resume, dump, print_changed, drift, json)
 
 
 @app.command()
@@ -231,13 +250,14 @@ def bisect(
     passes: Annotated[str, typer.Option("--passes", "-p", help="The pipeline that breaks it.")],
     tolerance: Annotated[float, typer.Option(help="Largest max|Δ|/max|output| that counts as unchanged.")] = 1e-4,
     data: Data = None,
+    settings: CalibrationSettings = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Find the first pass that changes what a program computes."""
     from qcompile.cli.opt import run_bisect
 
-    run_bisect(program, passes, tolerance, data, json)
+    run_bisect(program, passes, tolerance, data, settings or [], json)
 
 
 @app.command()

@@ -15,7 +15,14 @@ from qcompile.ir.program import Program
 
 
 def run(
-    name: str, against: str | None, data: str | None, limit: int, length: int | None, documents: bool, as_json: bool
+    name: str,
+    against: str | None,
+    data: str | None,
+    field: str | None,
+    limit: int,
+    length: int | None,
+    documents: bool,
+    as_json: bool,
 ) -> None:
     subject = open_subject(name)
     reference, info = _reference(subject, against), _info(subject)
@@ -30,6 +37,7 @@ def run(
         mode="documents" if documents else "strided",
         limit=limit,
         program=source,
+        field=field,
     )
     result = evaluate(subject, reference, data=passages)
     if as_json:

@@ -31,6 +31,7 @@ def run(
     settings: list[str],
     options: list[str],
     data: str | None,
+    resume: Path | None,
     measure: bool,
     as_json: bool,
 ) -> None:
@@ -41,7 +42,7 @@ def run(
     out = out or Path("qcompile-out") / f"{Path(path).name}-{Path(recipe).stem}-{target}"
     check_target(out.absolute())
     status(f"capturing and compiling {path} with recipe {recipe}")
-    compiled = compile_model(path, chosen, data)
+    compiled = compile_model(path, chosen, data, resume=resume)
     with working(f"lowering to {target}, running and comparing"):
         artifact = compiled.export(target, out, made)
     figures = _evaluate(compiled, artifact, data) if measure else None
@@ -74,7 +75,8 @@ def _evaluate(compiled: CompiledModel, artifact: Artifact, data: str | None) -> 
     if reference is None or "input_ids" not in {n.name for n in reference.inputs}:
         raise QCompileError("only language models can be evaluated; export with --no-evaluate")
     length = min(EVALUATION_LENGTH, int(reference.info.get("max_positions") or EVALUATION_LENGTH))
-    passages = load_passages(data or "generated", length=length, limit=EVALUATION_SAMPLES, program=reference)
+    source, field = data or "generated", compiled.recipe.calibration.field
+    passages = load_passages(source, length=length, limit=EVALUATION_SAMPLES, program=reference, field=field)
     return evaluate(artifact, reference, data=passages)
 
 
@@ -83,6 +85,8 @@ def _print(compiled: CompiledModel, artifact: Artifact, figures: Evaluation | No
 
     out, manifest = console(), artifact.manifest
     out.print(compiled.report.table())
+    for note in compiled.report.notes:
+        out.print(note, markup=False)
     for pass_name, entry in compiled.report.skipped():
         out.print(f"left alone by {pass_name}: {entry.where}: {entry.what}")
     table = Table(title="artifact", show_header=False, title_justify="left")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qcompile.cli.show import console, print_json
 from qcompile.cli.subject import open_program
+from qcompile.data import Batches, InputBatches
 from qcompile.drift import Drift, bisect
-from qcompile.driver import check_feeds
-from qcompile.errors import QCompileError
+from qcompile.driver import calibration_data, check_feeds
+from qcompile.errors import QCompileError, RecipeError
 from qcompile.ir.program import Program
-from qcompile.pass_base import CalibratedPass, Pass, Report, parse_pipeline
+from qcompile.pass_base import Pass, Report, parse_pipeline
 from qcompile.pass_manager import Dumps, Instrument, OpCounts, PassManager, PrintChanged
+from qcompile.recipe import Recipe
+from qcompile.recipe.model import Calibration
 from qcompile.report import CompileReport
 
 
@@ -23,6 +25,8 @@ def run(
     passes: str,
     out: Path | None,
     data: str | None,
+    settings: list[str],
+    resume: Path | None,
     dump: Path | None,
     print_changed: bool,
     drift: bool,
@@ -33,7 +37,9 @@ def run(
     instruments += [Dumps(dump)] if dump else []
     instruments += [PrintChanged()] if print_changed else []
     instruments += [Drift(check_feeds(program))] if drift else []
-    reports = PassManager(made, instruments, _batches(made, data, program)).run(program)
+    batches = _batches(made, data, settings, program)
+    how = _calibration(settings).settings()
+    reports = PassManager(made, instruments, batches, settings=how, resume=resume).run(program)
     if out is not None:
         _write(program, out)
     if as_json:
@@ -44,9 +50,9 @@ def run(
         print(program)
 
 
-def run_bisect(name: str, passes: str, tolerance: float, data: str | None, as_json: bool) -> None:
+def run_bisect(name: str, passes: str, tolerance: float, data: str | None, settings: list[str], as_json: bool) -> None:
     made, program = parse_pipeline(passes), open_program(name)
-    found = bisect(program, made, check_feeds(program), tolerance, _batches(made, data, program))
+    found = bisect(program, made, check_feeds(program), tolerance, _batches(made, data, settings, program))
     if as_json:
         print_json(
             {
@@ -65,15 +71,18 @@ def run_bisect(name: str, passes: str, tolerance: float, data: str | None, as_js
         )
 
 
-def _batches(passes: list[Pass], data: str | None, program: Program) -> Any:
-    if not any(isinstance(p, CalibratedPass) for p in passes):
-        return None
-    from qcompile.data import load_batches
+def _batches(
+    passes: list[Pass], data: str | None, settings: list[str], program: Program
+) -> Batches | InputBatches | None:
+    """What the passes are calibrated on; the settings are those of a recipe's calibration."""
+    return calibration_data(passes, _calibration(settings), data, program.clone())
 
-    length = min(256, int(program.info.get("max_positions") or 256))
-    return load_batches(
-        data or "generated", program.info.get("tokenizer"), samples=64, length=length, seed=0, program=program.clone()
-    )
+
+def _calibration(settings: list[str]) -> Calibration:
+    for setting in settings:
+        if not setting.strip().startswith("calibration."):
+            raise RecipeError(f"--set {setting!r}: there is no recipe here; only calibration.FIELD=VALUE can be set")
+    return Recipe().override(settings).calibration
 
 
 def _write(program: Program, out: Path) -> None:
@@ -97,5 +106,7 @@ def _print(reports: list[Report]) -> None:
     for report in reports:
         for entry in report.skipped:
             out.print(f"{report.pass_name} left alone {entry.where}: {entry.what}", markup=False)
+        for entry in report.spaces:
+            out.print(f"{report.pass_name}: space {entry.where}: {entry.what}", markup=False)
         for note in report.notes:
             out.print(f"{report.pass_name}: {note}", markup=False)

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from qcompile.data.batches import Batches, Passages
-from qcompile.data.load import Source, load_batches, load_passages
+from qcompile.data.batches import Batches, InputBatches, Passages
+from qcompile.data.load import Source, load_batches, load_inputs, load_passages
 from qcompile.data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Batches", "Passages", "Source", "Tokenizer", "load_batches", "load_passages", "load_tokenizer"]
+__all__ = [
+    "Batches",
+    "InputBatches",
+    "Passages",
+    "Source",
+    "Tokenizer",
+    "load_batches",
+    "load_inputs",
+    "load_passages",
+    "load_tokenizer",
+]

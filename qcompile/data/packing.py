@@ -1,4 +1,4 @@
-"""Documents packed into sequences: random windows for calibration, consecutive ones for evaluation."""
+"""Documents made into sequences: random windows or padded documents for calibration, windows in order to evaluate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ Bos = Literal["none", "document", "sequence"]
 
 A sequence of `length` tokens includes it.
 """
+Packing = Literal["joined", "documents"]
+"""How sequences of one length are made: of documents joined and cut anywhere, or of one document each, padded."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,42 @@ def random_windows(tokens: Tensor, samples: int, length: int, seed: int, before:
     starts = (gaps + torch.arange(samples) * width)[torch.randperm(samples, generator=generator)]
     windows = tokens[starts[:, None] + torch.arange(width)]
     return torch.cat([torch.tensor(before, dtype=torch.int64).expand(samples, -1), windows], dim=1)
+
+
+def padded(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer | None,
+    samples: int,
+    length: int,
+    seed: int,
+    before: list[int],
+    source: str,
+) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, ``[samples, length]``: one document a row, `before` in front, cut or padded at the right with 0.
+
+    Of a list, documents are chosen by `seed`; of anything else, the first ones are taken. Empty ones are passed over.
+    Raises QCompileError where there are too few.
+    """
+    if isinstance(documents, list):
+        order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+        documents = [documents[i] for i in order]
+    tokens, mask = torch.zeros(2, samples, length, dtype=torch.int64)
+    count = 0
+    for document in track(documents, "tokenizing", samples):
+        ids = encode(document, tokenizer).ids if document else []
+        if not ids:
+            continue
+        row = (before + ids)[:length]
+        tokens[count, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[count, : len(row)] = 1
+        count += 1
+        if count == samples:
+            return tokens, mask
+    raise QCompileError(
+        f"{source} has {count:,} documents with text; {samples} samples need as many: "
+        + (f"ask for at most {count} samples" if count else "give more text")
+        + ", or packing='joined', which cuts documents in windows"
+    )
 
 
 def strided(text: Stream, length: int, stride: int, before: list[int], limit: int | None, source: str) -> Passages:

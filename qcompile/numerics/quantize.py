@@ -96,7 +96,7 @@ class _FoundNan(Exception):
 
 def _encode(x: Tensor, codes: Tensor, params: QParams, spec: QuantSpec, work: torch.dtype) -> None:
     """Write the codes of some rows."""
-    step, zero, via = _decoded(params, spec, x.shape, work)
+    step, zero, via = decoded(params, spec, x.shape, work)
     lost = bool(torch.isnan(step).any()) if spec.keeps_nan else False
     for here, there in tiles(x.shape, step.shape, elements=_tile_elements(x)):
         values = x[here].to(work)
@@ -126,7 +126,7 @@ def _codes(x: Tensor, steps: Tensor, zero_point: Tensor | None, spec: QuantSpec)
 def _decode(codes: Tensor, values: Tensor, params: QParams, spec: QuantSpec) -> None:
     """Write the values of some rows."""
     work = torch.float64 if values.dtype == torch.float64 else torch.float32
-    step, zero, via = _decoded(params, spec, codes.shape, work)
+    step, zero, via = decoded(params, spec, codes.shape, work)
     direct = values.dtype == work and via is None
     for here, there in tiles(codes.shape, step.shape, elements=_tile_elements(codes)):
         source, target = codes[here], split(values[here], step[there].shape)
@@ -145,7 +145,7 @@ def _decode(codes: Tensor, values: Tensor, params: QParams, spec: QuantSpec) -> 
             target.copy_(found)
 
 
-def _decoded(
+def decoded(
     params: QParams, spec: QuantSpec, shape: torch.Size, work: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps, zero-points and the scale of `via`, as numbers of the work dtype; the last one seen in `shape`."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
+from qcompile.calibration.settings import Settings
 from qcompile.errors import RecipeError, nearest
 from qcompile.recipe.parts import PARTS, Attention, KVCache, Spec
 
@@ -55,7 +56,15 @@ class Rule:
 class Calibration(BaseModel):
     """Where calibration tokens come from: `samples` sequences of `length` tokens, `batch` at a time.
 
-    `data` is ``generated`` (by the model itself, from `seed`) or the path of a text file.
+    - `data`: ``generated`` (by the model itself, from `seed`), the path of a file, or a data set's name; docs/data.md.
+    - `bos`: where the token that begins a text is put: ``none``, before each ``document``, first in each ``sequence``.
+    - `packing`: ``joined`` cuts the text of all documents in windows; ``documents`` is one document a sequence, padded.
+    - `field`: what holds the text in a ``.jsonl`` file or a data set; null for ``text``, or the data set's own.
+    - `propagate`: what later segments of the model are shown while weights are rounded: what it computes with the
+      ``quantized`` weights so far, or what the ``float`` model computes.
+    - `true_sequential`: inside a segment, too, a product is looked at after those before it are rounded.
+    - `memory`: GB of values between segments that are kept in memory; more goes to files.
+    - `device`: where segments are run and weights solved, as ``cuda``; null for the CPU.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +74,17 @@ class Calibration(BaseModel):
     length: int = Field(default=256, ge=1)
     seed: int = 0
     batch: int = Field(default=8, ge=1)
+    bos: Literal["none", "document", "sequence"] = "none"
+    packing: Literal["joined", "documents"] = "joined"
+    field: str | None = None
+    propagate: Literal["quantized", "float"] = "quantized"
+    true_sequential: bool = True
+    memory: float = Field(default=4.0, gt=0)
+    device: str | None = None
+
+    def settings(self) -> Settings:
+        """How segments are run."""
+        return Settings(self.propagate, self.true_sequential, self.memory, self.device)
 
 
 class Recipe(BaseModel):

@@ -13,8 +13,9 @@ from qcompile.numerics.observers import Observer
 from qcompile.numerics.spec import QuantSpec
 from qcompile.pass_base import Report
 from qcompile.pass_manager import PassManager
-from qcompile.passes.quantize.calibrate import Calibrate, without_rounding
+from qcompile.passes.quantize.calibrate import Calibrate
 from qcompile.passes.quantize.insert_qdq import InsertQDQ
+from qcompile.passes.quantize.plain import without_rounding
 from qcompile.passes.quantize.rtn import RTN
 from qcompile.recipe import Recipe, pipeline
 
@@ -55,7 +56,8 @@ def test_scales_are_those_of_the_float_program(spec: str) -> None:
     else:
         assert (program.weights["b.input.zero_point"].int() - zero_point.int()).abs().max() <= 1
     assert [e.where for e in report.rewritten] == ["a.input", "b.input"]
-    assert report.notes == ["2 activations watched over 22 tokens"]
+    assert report.notes[0] == "2 activations watched"
+    assert report.notes[1].endswith("4 samples, 22 tokens")
 
 
 def test_golden() -> None:
@@ -130,7 +132,7 @@ def test_a_value_that_is_not_finite_names_module_and_batch(value: float) -> None
     batches = [BATCHES[0], torch.full((1, 2), 15)]
     with pytest.raises(QCompileError) as caught:
         PassManager([InsertQDQ(activations="int8 sym static"), Calibrate()], batches=batches).run(program)
-    assert str(caught.value).startswith("input of a in calibration batch 1: int8 sym tensor static: ")
+    assert str(caught.value).startswith("input of a in calibration samples 2-2: int8 sym tensor static: ")
     assert "nan or infinity" in str(caught.value)
 
 

@@ -14,8 +14,9 @@ from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
 from qcompile.pass_base import Report
 from qcompile.pass_manager import PassManager
-from qcompile.passes.quantize.calibrate import Calibrate, without_rounding
+from qcompile.passes.quantize.calibrate import Calibrate
 from qcompile.passes.quantize.insert_qdq import InsertQDQ
+from qcompile.passes.quantize.plain import without_rounding
 from qcompile.passes.quantize.rtn import RTN
 from qcompile.recipe import Rule
 
@@ -140,7 +141,7 @@ def test_static_results_are_called_output() -> None:
     assert torch.allclose(program.weights["b.input.scale"], largest / 7.5, rtol=1e-5)
     broken = Program.parse(text)
     broken.weights["w"] = torch.full((8, 8), torch.nan)
-    with pytest.raises(QCompileError, match=r"^output of a in calibration batch 0: int8 sym tensor static: .*nan"):
+    with pytest.raises(QCompileError, match=r"^output of a in calibration samples 0-1: int8 sym tensor static: .*nan"):
         PassManager(passes, batches=[ids]).run(broken)
 
 

@@ -84,7 +84,7 @@ def test_counted(name: str) -> None:
     x = torch.ones(4, 4)
     x[3] = 0
     for _ in range(2):
-        run(p, {"x": x, "i": torch.tensor([0, 0, 2, 0])}, counts.observe)
+        run(p, {"x": x, "i": torch.tensor([0, 0, 2, 0])}, lambda node, value: counts.observe(node.name, value))
     assert counts.tokens == {"experts": [2 * n for n in expected]}
 
 
@@ -93,7 +93,11 @@ def test_blocks_that_all_run_on_everything_are_no_experts_to_speak_of() -> None:
         "u = aten.unsqueeze.default(x, 0)\n    e = aten.expand.default(u, [3, -1, -1])\n    y = aten.bmm.default(e, w)"
     )
     counts = RoutingCounts(p)
-    run(p, {"x": torch.ones(4, 4), "i": torch.zeros(4, dtype=torch.int64)}, counts.observe)
+    run(
+        p,
+        {"x": torch.ones(4, 4), "i": torch.zeros(4, dtype=torch.int64)},
+        lambda node, value: counts.observe(node.name, value),
+    )
     assert counts.tokens == {}
 
 
@@ -113,7 +117,7 @@ def told(tokens: list[int]) -> Report:
     p = program(WRITTEN["gathered"][0])
     counts, report = RoutingCounts(p), Report()
     index = torch.tensor([e for e, n in enumerate(tokens) for _ in range(n)])
-    run(p, {"x": torch.ones(len(index), 4), "i": index}, counts.observe)
+    run(p, {"x": torch.ones(len(index), 4), "i": index}, lambda node, value: counts.observe(node.name, value))
     counts.tell(report)
     return report
 

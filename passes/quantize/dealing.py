@@ -1,0 +1,66 @@
+"""Which rows of an input each expert of a stack sees, read off the graph as `routing` reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.contractions import Contraction
+from qcompile.ir.program import Program
+from qcompile.passes.quantize.routing import chosen
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How the rows of an input, features in `axis`, fall to `experts`.
+
+    - ``index``: the value `decider` names the expert of each row, or of each run of rows of equal length;
+    - ``offsets``: the rows of an expert end where `decider` says;
+    - ``part``: all rows are of expert `number`;
+    - ``stack``: the first axis counts experts; rows of zeros are of none.
+    """
+
+    kind: Literal["index", "offsets", "part", "stack"]
+    experts: int
+    axis: int
+    decider: str | None = None
+    number: int = 0
+
+    def rows(self, x: Tensor, decider: Tensor | None) -> dict[int, Tensor]:
+        """Expert → its rows ``[tokens, features]``; experts without any may be missing."""
+        moved = x.movedim(self.axis, -1)
+        flat = moved.reshape(-1, moved.shape[-1])
+        if self.kind == "part":
+            return {self.number: flat}
+        if self.kind == "stack":
+            parts = moved.reshape(self.experts, -1, moved.shape[-1])
+            return {e: part[(part != 0).any(1)] for e, part in enumerate(parts)}
+        assert decider is not None
+        if self.kind == "offsets":
+            ends = decider.tolist()
+            return {e: flat[a:b] for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a}
+        owner = decider.reshape(-1).remainder(self.experts)
+        owner = owner.repeat_interleave(len(flat) // len(owner))
+        return {e: flat[owner == e] for e in sorted(set(owner.tolist()))}
+
+
+def dealing(program: Program, c: Contraction) -> Dealing | None:
+    """How the rows of the input of a product with a stack of weights are dealt; None where that cannot be read."""
+    assert c.experts is not None
+    count = c.weight.meta["val"].shape[c.experts]
+    for position, move in enumerate(c.path):
+        index, number = chosen(program, c, position, move)
+        if index is not None:
+            return Dealing("index", count, c.input_axis, index.name)
+        if number is not None:
+            return Dealing("part", count, c.input_axis, number=number % count)
+    if "grouped_mm" in c.op and isinstance(offsets := program.arg(c.node, "offs"), fx.Node):
+        return Dealing("offsets", count, c.input_axis, offsets.name)
+    if c.node.target in (aten.bmm.default, aten.baddbmm.default) and c.input_axis != 0:
+        return Dealing("stack", count, c.input_axis)
+    return None

@@ -1,0 +1,158 @@
+"""What all passes that round weights from statistics have in common: their options, and the work at one stage.
+
+collect H = Σ x̂ x̂ᵀ (and G = Σ x̂ xᵀ) of what a weight reads  ─▶  choose codes  ─▶  store them; what follows sees them
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from qcompile.calibration.chain import Stage, Target
+from qcompile.calibration.inputs import InputGram, InputWant
+from qcompile.calibration.processes import Job, Processes, Result
+from qcompile.calibration.statistics import Collector, Want
+from qcompile.calibration.worker import SegmentPass, Setup, Solved, Worker
+from qcompile.numerics.qtensor import QTensor, quantize_tensor
+from qcompile.pass_base import Report
+from qcompile.passes.quantize.sites import given_outer, naming, store_codes
+from qcompile.passes.round.matrices import round_weight
+from qcompile.passes.round.places import Place, find_places
+from qcompile.rounding import Method
+from qcompile.rounding.solve import Groups
+
+
+@dataclass(frozen=True)
+class Rounding(SegmentPass):
+    """Options of all of them; see `RoundingWorker` for what they do.
+
+    Args:
+        safe: a weight whose error would be larger than that of rounding to nearest is rounded to nearest.
+    """
+
+    rounds_weights: ClassVar[bool] = True
+
+    safe: bool = True
+
+    @property
+    def groups(self) -> Groups:
+        """Whether parameters of groups are chosen ahead, or each when its turn comes."""
+        return "static"
+
+    @abstractmethod
+    def method(self) -> Method:
+        """The method for one matrix."""
+
+    def begin(self, setup: Setup) -> Worker:
+        """The worker for one run of the engine."""
+        return RoundingWorker(self, setup)
+
+
+class RoundingWorker(Worker):
+    """Rounds each weight at the first stage that reads it; several readers there are summed.
+
+    Experts are rounded one by one, each by its own tokens; one that saw too few, by those of all. Weights that no
+    product reads (tables), and those of convolutions, are rounded to nearest at the end.
+    """
+
+    def __init__(self, made: Rounding, setup: Setup) -> None:
+        self.made, self.setup, self.method = made, setup, made.method()
+        follows = self.method.follows_float and setup.settings.propagate == "quantized"
+        self.needs_quantized = setup.settings.propagate == "quantized"
+        self.needs_float = follows or not self.needs_quantized
+        self.places = find_places(setup, follows)
+        self.report = Report()
+        self.settled: set[int] = set()
+        if self.method.follows_float and not follows:
+            self.report.note(f"propagate: float shows no rounded inputs, so that {self.method} is plain GPTQ")
+
+    def targets(self) -> Sequence[Target]:
+        """What reads a weight."""
+        return [read.target for place in self.places for read in place.reads]
+
+    def wants(self, stage: Stage) -> Sequence[Want]:
+        """The inputs of weights that are rounded here."""
+        return [want for _, wants in self._here(stage) for want in wants]
+
+    def solve(self, stage: Stage, found: Mapping[Want, Collector], processes: Processes) -> Solved:
+        """Codes and parameters of every weight of the stage."""
+        jobs = []
+        for place, wants in self._here(stage):
+            grams = [collector for want in wants if isinstance(collector := found[want], InputGram)]
+            cost = math.prod(place.qdq.source.meta["val"].shape)
+            jobs.append(Job(cost, lambda place=place, grams=grams: self._round(place, grams)))  # type: ignore[misc]
+        solved = Solved()
+        for (place, _), (tensors, facts) in zip(self._here(stage), processes.deal(jobs), strict=True):
+            solved.tensors |= {f"{place.number}.{name}": tensor for name, tensor in tensors.items()}
+            solved.facts[str(place.number)] = facts
+        return solved
+
+    def apply(self, stage: Stage, solved: Solved) -> None:
+        """Store codes in place of the weights."""
+        for number, facts in solved.facts.items():
+            place = self.places[int(number)]
+            start = f"{number}."
+            tensors = {k.removeprefix(start): t for k, t in solved.tensors.items() if k.startswith(start)}
+            weight = self.setup.program.weight(place.qdq.source)
+            store_codes(self.setup.program, place.qdq, weight, _unpacked(tensors, place), self.report)
+            self._tell(place, facts)
+            self.settled.add(place.number)
+
+    def finish(self) -> Report:
+        """Round to nearest what no stage reached."""
+        program = self.setup.program
+        for place in self.places:
+            if place.number in self.settled:
+                continue
+            weight = program.weight(place.qdq.source)
+            with naming(place.key):
+                result = quantize_tensor(weight, place.qdq.spec, given_outer(program, place.qdq))
+            store_codes(program, place.qdq, weight, result, self.report)
+            self.report.skip(place.key, f"rounded to nearest: {place.left or 'no stage reached it'}")
+        if not self.places:
+            self.report.note("no weight is marked for rounding; insert-qdq, before this pass, marks them")
+        return self.report
+
+    def _here(self, stage: Stage) -> list[tuple[Place, list[InputWant]]]:
+        """Weights that this stage is the first to read, with what to collect for each."""
+        there = set(stage.targets)
+        found = []
+        for place in self.places:
+            wants = [read.want for read in place.reads if read.target in there]
+            if wants and place.number not in self.settled:
+                found.append((place, list(dict.fromkeys(wants))))
+        return found
+
+    def _round(self, place: Place, inputs: list[InputGram]) -> Result:
+        """One weight: a matrix, or a stack of them."""
+        start = time.perf_counter()
+        outer = given_outer(self.setup.program, place.qdq)
+        with naming(place.key):
+            weight = self.setup.program.weight(place.qdq.source)
+            result, facts = round_weight(weight, place, inputs, self.method, outer, self.made.groups, self.made.safe)
+        facts["seconds"] = time.perf_counter() - start
+        named = {"codes": result.codes, **result.parameters}
+        return {name: tensor.cpu() for name, tensor in named.items()}, facts
+
+    def _tell(self, place: Place, facts: Mapping[str, Any]) -> None:
+        """Put the figures of a weight into the report."""
+        numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
+        self.report.measure(place.key, numbers)
+        self.report.rewrote(place.key, f"{place.qdq.spec}: {facts['method']}")
+        for line in facts["notes"]:
+            self.report.note(f"{place.key}: {line}")
+
+
+def _unpacked(tensors: Mapping[str, Tensor], place: Place) -> QTensor:
+    """The quantized tensor of what was solved, its parameters in the order of its spec."""
+    spec = place.qdq.spec
+    names = [parameter.name for parameter in spec.parameters(tensors["codes"].shape)]
+    scale, *rest = (tensors[name] for name in names)
+    zero = None if spec.symmetric else rest.pop(0)
+    return QTensor(tensors["codes"], scale, zero, spec, tuple(rest))

@@ -1,0 +1,120 @@
+"""What the products of one weight read: one Gram matrix, or one for each expert.
+
+w[index] · x, grouped_mm(x, w, offsets), w[e] · x_e unrolled, every expert at once        rows of x ⟶ rows of expert e
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from qcompile.calibration.processes import Processes
+from qcompile.calibration.statistics import Gram, Seen, check_finite
+from qcompile.data.padding import Padding
+from qcompile.passes.quantize.dealing import Dealing
+
+
+@dataclass(frozen=True)
+class InputWant:
+    """H of one input, and G where both programs are looked at; see `Gram`.
+
+    Args:
+        where: the place, for messages.
+        x_hat: the value in the program being quantized (in the float one where `propagate` is float).
+        x: the value in the float program, for G and the mean; None where it is not wanted.
+        axis, axis_float: of features.
+        experts: how rows are dealt to experts, with the value that decides it; None for a product that sees all.
+        of_float: `x_hat` is a value of the float program.
+        padding, padding_float: what leaves padding out of `x_hat` and of `x`.
+    """
+
+    where: str = field(compare=False)
+    x_hat: fx.Node
+    x: fx.Node | None
+    axis: int
+    axis_float: int
+    experts: Dealing | None
+    of_float: bool
+    padding: Padding = field(compare=False)
+    padding_float: Padding = field(compare=False)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        return () if self.of_float else self._read
+
+    @property
+    def float(self) -> tuple[str, ...]:
+        given = () if self.x is None else (self.x.name,)
+        return (*self._read, *given) if self.of_float else given
+
+    @property
+    def _read(self) -> tuple[str, ...]:
+        decider = None if self.experts is None else self.experts.decider
+        return (self.x_hat.name,) if decider is None else (self.x_hat.name, decider)
+
+    def make(self) -> InputGram:
+        return InputGram(self)
+
+
+class InputGram:
+    """Gram matrices by expert; expert 0 alone where there are none."""
+
+    def __init__(self, want: InputWant) -> None:
+        self.want = want
+        self.of: dict[int, Gram] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Take in a batch."""
+        want = self.want
+        values: Mapping[str, Any] = seen.float if want.of_float else seen.quantized
+        if want.experts is None:
+            rows = _rows(want.padding, want.x_hat, values, want.axis, seen.mask)
+            check_finite(rows, want.where, seen.samples)
+            other = None
+            if want.x is not None:
+                other = _rows(want.padding_float, want.x, seen.float, want.axis_float, seen.mask)
+            self._gram(0).add(rows, other)
+            return
+        decider = None if want.experts.decider is None else values[want.experts.decider]
+        for expert, rows in want.experts.rows(values[want.x_hat.name], decider).items():
+            check_finite(rows, f"{want.where}, expert {expert}", seen.samples)
+            if len(rows):
+                self._gram(expert).add(rows, None)
+
+    def add_up(self, processes: Processes) -> None:
+        """Add up over processes; an expert that this one did not see counts as zeros."""
+        if processes.size == 1:
+            return
+        experts = processes.union(sorted(self.of))
+        width = processes.largest(max((g.width for g in self.of.values()), default=0))
+        for expert in experts:
+            gram = self._gram(expert)
+            gram.prepare(width, self.want.x is not None)
+            processes.add_up(gram.parts())
+            gram.tokens = processes.number(gram.tokens)
+
+    def _gram(self, expert: int) -> Gram:
+        return self.of.setdefault(expert, Gram())
+
+
+def _rows(padding: Padding, node: fx.Node, values: Mapping[str, Any], axis: int, mask: Tensor | None) -> Tensor:
+    """The tokens' rows ``[tokens, features]`` of a value."""
+    moved = padding.tokens_of(node, values[node.name], mask).movedim(axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def together(grams: list[Gram]) -> Gram:
+    """The sums of several, of one width; G only where all have it."""
+    total = Gram()
+    crossed = all(g.cross is not None for g in grams)
+    for gram in grams:
+        if gram.hessian is None:
+            continue
+        total.prepare(gram.width, crossed)
+        total.tokens += gram.tokens
+        for mine, other in zip(total.parts(), gram.parts() if crossed else gram.parts()[:2], strict=True):
+            mine += other
+    return total

@@ -1,0 +1,25 @@
+"""How segments are run. Nothing here imports torch: recipes hold these, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How segments are run; the `calibration` of a recipe has the same fields.
+
+    Args:
+        propagate: what later segments are shown: what the program computes with the rounded weights so far, or what the
+            float program computes.
+        true_sequential: inside a segment, too, a product is looked at after those before it are rounded. Without it all
+            of a segment are looked at together, which costs one more run of it.
+        memory: GB of values between segments that are kept in memory; more goes to files.
+        device: where segments are run and solved, as ``cuda``; None leaves them on the CPU.
+    """
+
+    propagate: Literal["quantized", "float"] = "quantized"
+    true_sequential: bool = True
+    memory: float = 4.0
+    device: str | None = None

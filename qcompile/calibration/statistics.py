@@ -1,0 +1,118 @@
+"""What is collected while batches stream through: sums over tokens, never the tokens.
+
+    gram:  H = Σ x̂ x̂ᵀ      G = Σ x̂ xᵀ      means of x̂ and x
+
+x̂ is of the program being quantized, x of the float one.
+
+Sums are kept in float64, so that they do not depend on how batches are dealt out; products are in the tensor's dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qcompile.calibration.processes import Processes
+from qcompile.errors import QCompileError
+
+BLOCKS = 4
+"""A symmetric product is computed in this many strips, from the diagonal on: 5/8 of the whole."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one batch brings: values of both programs by name (none of one that is not run), and which tokens count."""
+
+    samples: range  # numbers of the samples in it
+    quantized: Mapping[str, Any]
+    float: Mapping[str, Any]
+    mask: Tensor | None  # bool [batch, length]; None where all count
+
+
+class Collector(Protocol):
+    """Takes in batches."""
+
+    def see(self, seen: Seen) -> None: ...
+    def add_up(self, processes: Processes) -> None: ...
+
+
+class Want(Protocol):
+    """A hashable description of what to collect: equal ones share a collector."""
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Values of the program being quantized that it looks at."""
+
+    @property
+    def float(self) -> tuple[str, ...]:
+        """Values of the float program that it looks at."""
+
+    def make(self) -> Collector:
+        """A collector that has seen nothing."""
+
+
+class Gram:
+    """H, G and the sums of x̂ and x, all float64, of rows ``[tokens, features]``; None before there are any."""
+
+    def __init__(self) -> None:
+        self.hessian: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.total: Tensor | None = None
+        self.total_float: Tensor | None = None
+        self.tokens = 0
+
+    @property
+    def width(self) -> int:
+        """Features; 0 before there are any."""
+        return 0 if self.hessian is None else len(self.hessian)
+
+    def prepare(self, width: int, cross: bool, device: torch.device | None = None) -> None:
+        """Zeros for what is not there yet."""
+        if self.hessian is None or self.total is None:
+            self.hessian = torch.zeros(width, width, dtype=torch.float64, device=device)
+            self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        if cross and self.cross is None:
+            self.cross, self.total_float = torch.zeros_like(self.hessian), torch.zeros_like(self.total)
+
+    def add(self, rows: Tensor, rows_float: Tensor | None) -> None:
+        """Take in rows of x̂, and of x where it is wanted."""
+        self.prepare(rows.shape[1], rows_float is not None, rows.device)
+        assert self.hessian is not None
+        assert self.total is not None
+        add_gram(self.hessian, rows)
+        self.total += rows.sum(0, dtype=torch.float64)
+        self.tokens += len(rows)
+        if rows_float is not None:
+            assert self.cross is not None
+            assert self.total_float is not None
+            self.cross += rows.T @ rows_float
+            self.total_float += rows_float.sum(0, dtype=torch.float64)
+
+    def parts(self) -> list[Tensor]:
+        """The sums: H and Σ x̂, then G and Σ x where they are wanted."""
+        return [t for t in (self.hessian, self.total, self.cross, self.total_float) if t is not None]
+
+
+def add_gram(sums: Tensor, rows: Tensor) -> None:
+    """``sums += rowsᵀ rows``, the part above the diagonal strips filled in from below."""
+    size = rows.shape[1]
+    edges = [size * i // BLOCKS for i in range(BLOCKS + 1)]
+    for low, high in itertools.pairwise(edges):
+        strip = rows[:, low:high].T @ rows[:, :high]
+        sums[low:high, :high] += strip
+        if low:
+            sums[:low, low:high] += strip[:, :low].T
+
+
+def check_finite(rows: Tensor, where: str, samples: range) -> None:
+    """QCompileError where a row ``[tokens, features]`` holds nan or infinity, with the place and the sample."""
+    if bool(torch.isfinite(rows.sum(dtype=torch.float64))) or bool(torch.isfinite(rows).all()):
+        return
+    row = int((~torch.isfinite(rows)).any(1).nonzero()[0])
+    sample = samples[row * len(samples) // len(rows)]
+    raise QCompileError(f"{where} is nan or infinite in calibration sample {sample}; mend the model or the data")

@@ -1,0 +1,79 @@
+"""H + λI = R Rᵀ with R upper triangular, and the feedback that it holds. No inverse is formed.
+
+For an error E = W - Q (rows of one output each), tr(E H Eᵀ) = ‖E R‖². Column j of E R is R_jj (E_j + Σ_{k<j} E_k
+R_kj / R_jj), so once columns k < j are rounded, the best value for column j is w_j + Σ_{k<j} M_jk (w_k - q_k) with
+M_jk = R_kj / R_jj: the strictly lower triangle of (R diag(R)⁻¹)ᵀ. That is GPTQ (arXiv 2210.17323) in the form of
+arXiv 2507.18553, and H + λI = (I + M)ᵀ diag(R)² (I + M).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import QCompileError
+
+LEAST_RAISE = 1e-6
+"""A failed factorisation is tried again with at least this damping, then ten times as much each time."""
+MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """`feedback` M [n, n], unit-diagonal part left out; `pivots` diag(R)² [n]; `dead` [n]: columns with H_jj = 0.
+
+    `damping` is the one that worked, `tried` all of them in order, both in multiples of the mean live diagonal.
+    """
+
+    feedback: Tensor
+    pivots: Tensor
+    dead: Tensor
+    ridge: float
+    damping: float
+    tried: tuple[float, ...]
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(H + λI)⁻¹ `right`, for `right` [n, m]."""
+        inner = torch.linalg.solve_triangular(self.feedback.t(), right, upper=True, unitriangular=True)
+        inner.div_(self.pivots.unsqueeze(1))
+        solved: Tensor = torch.linalg.solve_triangular(self.feedback, inner, upper=False, unitriangular=True)
+        return solved
+
+
+def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factored:
+    """Factor `hessian` [n, n] (float32 or float64, symmetric) + damping × `unit` × I.
+
+    `unit`: the mean of the diagonal over live columns where None. A dead column (nothing came in: H_jj = 0) counts as
+    one of H_jj = 1 that is tied to no other. Where the factorisation fails, damping is raised to 1e-6 or ten times
+    what it was, up to 1; QCompileError where none works, or where `hessian` holds nan or infinity.
+    """
+    if damping < 0:
+        raise QCompileError(f"damping={damping} is negative; use 0 or more, 0.01 as a rule")
+    flipped = hessian.flip(0, 1)
+    diagonal = flipped.diagonal()
+    if not bool(torch.isfinite(flipped.sum())):
+        raise QCompileError(f"the Hessian (shape {list(hessian.shape)}) holds nan or infinity; find the layer's inputs")
+    dead = diagonal == 0
+    mean = float(diagonal.sum(dtype=torch.float64)) / max(1, int((~dead).sum()))
+    unit = (mean or 1.0) if unit is None else unit
+    diagonal.add_(dead)
+    plain = diagonal.clone()
+    tried: list[float] = []
+    while damping <= MOST_DAMPING:
+        tried.append(damping)
+        torch.add(plain, damping * unit, out=diagonal)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return _factored(lower, dead.flip(0), damping, damping * unit, tuple(tried))
+        damping = max(LEAST_RAISE, 10 * damping)
+    steps = ", ".join(f"{d:g}" for d in tried)
+    raise QCompileError(f"the Hessian has no factorisation with damping {steps}; use more calibration data")
+
+
+def _factored(lower: Tensor, dead: Tensor, damping: float, ridge: float, tried: tuple[float, ...]) -> Factored:
+    diagonal = lower.diagonal().clone()
+    # LAPACK gives columns in a row, so the transpose is the one that lies in rows.
+    feedback = lower.t().div_(diagonal.unsqueeze(1)).flip(0, 1)
+    return Factored(feedback, diagonal.square().flip(0), dead, ridge, damping, tried)

@@ -1,0 +1,59 @@
+"""What rounding a matrix cost, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a matrix was rounded, and at what error. All plain values.
+
+    `loss` and `rtn_loss`: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of the result and of rounding to nearest. `gap` and `rtn_gap`,
+    where the float stream's inputs are known: (‖WX - ŴX̂‖² - ‖WX - WX̂‖²) over the same tr(W H Wᵀ), below 0 where Ŵ makes
+    up for errors of its inputs; `error` and `rtn_error`: ‖WX - ŴX̂‖² / ‖WX‖², where the power of the float outputs is
+    known as well. `damping` is None where the method has none; `tried` are the dampings until one worked. `fell_back`:
+    why the result is that of rounding to nearest after all, or None.
+    """
+
+    method: str
+    tokens: int
+    dead: int
+    damping: float | None
+    tried: tuple[float, ...]
+    loss: float
+    rtn_loss: float
+    gap: float | None
+    rtn_gap: float | None
+    error: float | None
+    rtn_error: float | None
+    fell_back: str | None
+
+
+def quadratic(columns: Tensor, symmetric: Tensor) -> float:
+    """tr(Eᵀ H E) for E `columns` [n, m] and a symmetric H [n, n]; half the work of H @ E. Summed in float64."""
+    total = 0.0
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
+        here = columns[start:stop]
+        # Twice what is left of the diagonal block, and that block once.
+        product = torch.mm(symmetric[start:stop, start:stop], here)
+        if start:
+            product.addmm_(symmetric[start:stop, :start], columns[:start], alpha=2.0)
+        total += dot(here, product)
+    return total
+
+
+def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> float:
+    """tr(Lᵀ A R) for `left` and `right` [n, m] and `matrix` [n, n]. Summed in float64."""
+    return dot(left, matrix @ right)
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Σ a·b over all entries: rows in their dtype, rows' sums in float64."""
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
