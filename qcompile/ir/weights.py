@@ -175,9 +175,10 @@ class WeightStore(MutableMapping[str, Tensor]):
         shape, dtype = self.meta(key)
         return int(torch.Size(shape).numel()) * dtype.itemsize
 
-    def peek(self, key: str, count: int) -> Tensor:
-        """About `count` elements of the source of a weight, spread evenly, as it was before its edits."""
-        flat = self._entries[key].source.read().reshape(-1)
+    def sample(self, key: str, count: int) -> Tensor:
+        """About `count` elements of a weight, spread evenly; one that has edits is computed whole for them."""
+        entry = self._entries[key]
+        flat = (self[key] if entry.edits else entry.source.read()).reshape(-1)
         return flat[:: max(1, len(flat) // count)]
 
     def same_source(self, key: str, other: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +83,7 @@ class ChannelSpaces:
         if used.size == 0:
             return []
         least = 1 if level is Level.DIAGONAL else 2  # what is alone cannot be mixed
-        groups = Groups.of(used, self.wires.signatures(level, limits)[used], least, self.wires.count)
+        groups = Groups.of(used, self.wires.signatures(level)[used], least, self.wires.count)
         found: dict[int, list[Placement] | None] = {}
         for use in uses:
             for number, placement in placements(use, groups, forest, self._vectors):
@@ -98,7 +99,7 @@ class ChannelSpaces:
         ]
 
     @functools.cached_property
-    def _vectors(self) -> Keys:
+    def _vectors(self) -> Callable[[Ids], Keys]:
         return self.wires.vectors()
 
 

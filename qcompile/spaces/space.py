@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,12 +96,14 @@ class Groups:
         return self.members[self.starts[number] : self.starts[number + 1]]
 
 
-def placements(use: Use, groups: Groups, forest: Forest, vectors: Keys) -> Iterator[tuple[int, Placement | None]]:
+def placements(
+    use: Use, groups: Groups, forest: Forest, vectors: Callable[[Ids], Keys]
+) -> Iterator[tuple[int, Placement | None]]:
     """Where groups stand in a use; None for one whose copies there do not line up.
 
-    `forest` and `vectors` are of all wires. One copy of a group is wires of one vector, each class once; where a
-    vector has a class twice, it is not known which channels go together. In a signed forest, for diagonals, that does
-    not matter: each class is scaled by itself.
+    `forest` is of all wires, and `vectors` gives the numbers of theirs. One copy of a group is wires of one vector,
+    each class once; where a vector has a class twice, it is not known which channels go together. In a signed forest,
+    for diagonals, that does not matter: each class is scaled by itself.
     """
     positions = np.nonzero(use.ids >= 0)[0]
     roots, sign = forest.find_signed(use.ids[positions])
@@ -113,7 +115,7 @@ def placements(use: Use, groups: Groups, forest: Forest, vectors: Keys) -> Itera
         positions, at = positions[inside], at[inside]
         sign = None if sign is None else sign[inside]
     inverse = None if sign is None else sign < 0
-    vector = vectors[use.ids[positions]] if sign is None else np.zeros(len(positions), np.uint64)
+    vector = vectors(use.ids[positions]) if sign is None else np.zeros(len(positions), np.uint64)
     in_order = _in_order(groups, at, vector)
     if in_order is not None:
         for number in in_order:

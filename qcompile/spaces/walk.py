@@ -128,6 +128,11 @@ class Walk:
         if layout.has_wires:
             self.wires.limit(levels, layout.ids, self.wires.event(node, reason))
 
+    def only(self, layout: Layout, node: fx.Node, levels: tuple[Level, ...] = MIXING) -> None:
+        """`node` changes these wires, and may change them alone: they are not mixed with others of their vector."""
+        if layout.has_wires:
+            self.wires.together(levels, layout.ids, self.wires.event(node, "changes a part of the channels"))
+
     def barrier(self, node: fx.Node, reason: str) -> Layout | list[Layout]:
         """Nothing may act on what `node` reads; its results have no wires."""
         for source in self.wired(node):

@@ -8,6 +8,7 @@ they are a space that T may mix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias, TypeVar
@@ -63,11 +64,10 @@ class Forest:
     def of(cls, count: int, edges: list[Edge], start: Forest | None = None) -> Forest:
         """The trees of `count` wires that `edges` join, on top of those of `start`; every parent is a root."""
         forest = cls()
-        if start is None:
-            forest.grow(count)
-        else:
+        if start is not None:
             start.flatten()
-            forest.parent, forest.count = start.parent[:count].copy(), count
+        forest.parent = np.arange(count) if start is None else start.parent[:count].copy()
+        forest.count = count
         for a, b in edges:
             forest.join(a, b)
         forest.flatten()
@@ -240,15 +240,13 @@ class Wires:
         """These wires are one of several operands: two halves of a vector that are multiplied are no longer one."""
         self.row[ids[ids >= 0]] += mix(np.array([(event << 8) + number], np.uint64))  # once for each wire
 
-    def vectors(self) -> Keys:
-        """For each wire, a number that it shares with the wires of its vector that were in the same rows."""
-        copy = Forest.of(self.count, self._copies).parent[: self.count]
+    def vectors(self) -> Callable[[Ids], Keys]:
+        """What gives each wire a number that it shares with the wires of its vector that were in the same rows."""
+        copy = Forest.of(self.count, self._copies).parent
         rows = np.zeros(self.count, np.uint64)
         np.add.at(rows, copy, self.row[: self.count])
-        vectors = self.instance[: self.count].astype(np.uint64)
-        vectors *= np.uint64(0x9E3779B97F4A7C15)  # rows are sums of hashes: no two differ by so regular a number
-        vectors += rows[copy]
-        return vectors
+        step = np.uint64(0x9E3779B97F4A7C15)  # rows are sums of hashes: no two differ by so regular a number
+        return lambda ids: rows[copy[ids]] + self.instance[ids].astype(np.uint64) * step
 
     def limit(self, levels: tuple[Level, ...], ids: Ids, event: int) -> None:
         """Nothing of these kinds may act on these wires."""
@@ -288,15 +286,13 @@ class Wires:
         """The class of every wire."""
         return self.forest(level).parent[: self.count]
 
-    def signatures(self, level: Level, limited: Ids) -> Keys:
-        """For each class, at its root, a number shared with those it may be mixed with, from what is `limited`."""
+    def signatures(self, level: Level) -> Keys:
+        """For each class, at its root, a number that it shares with those that occur wherever it does."""
         signature, roots = np.zeros(self.count, np.uint64), self.roots(level)
         for levels, sums in self._sums.items():
             if level in levels:
                 have = min(len(sums), self.count)  # wires that came later occur nowhere yet
                 np.add.at(signature, roots[:have], sums[:have])
-        alone = np.nonzero(limited >= 0)[0]
-        signature[alone] = mix(alone.astype(np.uint64) ^ np.uint64(0x5BD1E995 << 24))
         return signature
 
 

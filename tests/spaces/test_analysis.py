@@ -315,3 +315,38 @@ def test_parts_of_two_tokens_side_by_side_are_not_mixed(feeds: Callable[..., dic
     edits.rotate(space, RandomOrthogonal(4, 1))
     edits.commit()
     assert drift(program.run(given), before) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("op", "linear"),
+    [
+        ("aten.relu.default(p)", 1),
+        ("aten.gelu.default(p)", 1),
+        ("aten.neg.default(p)", 2),
+        ("aten.mul.Tensor(p, 3.0)", 2),
+        ("aten.add.Tensor(p, 3.0)", 1),
+    ],
+)
+def test_what_changes_half_of_a_vector_parts_it_from_the_other(
+    op: str, linear: int, feeds: Callable[..., dict[str, Tensor]]
+) -> None:
+    program = parsed(
+        "x: f64[batch, sequence, 6]",
+        "w: f64[8, 6], v: f64[6, 8]",
+        f"""h = aten.linear.default(x, w)
+            p = aten.slice.Tensor(h, -1, 0, 4)
+            q = aten.slice.Tensor(h, -1, 4, 8)
+            r = {op}
+            c = aten.cat.default([r, q], -1)
+            y = aten.linear.default(c, v)""",
+    )
+    spaces = channel_spaces(program)
+    assert [s.width for s in spaces[Level.PERMUTATION]] == [4, 4]
+    assert [s.width for s in spaces[Level.ORTHOGONAL]] == [4] * linear
+    inputs = feeds(program)
+    before = program.run(inputs)
+    edits = Edits(spaces, Report())
+    for space in spaces[Level.PERMUTATION]:
+        edits.permute(space, torch.tensor([2, 0, 3, 1]))
+    edits.commit()
+    assert drift(program.run(inputs), before) <= 1e-13

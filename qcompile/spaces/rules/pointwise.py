@@ -28,15 +28,24 @@ NOT_MIXED = (Level.DIAGONAL, *VECTOR)  # permutations pass
     aten.contiguous.default,
     aten.detach.default,
     aten.alias.default,
-    aten.neg.default,
     aten.lift_fresh_copy.default,
-    says="x, −x and casts: everything passes",
+    says="x and casts: everything passes",
 )
 def identity(walk: Walk, node: fx.Node) -> Layout:
     layout = walk.of(node.args[0])
     if not node.meta["val"].dtype.is_floating_point:
         walk.stop(layout, node, "becomes integers")
         return plain(sizes(node))
+    return layout
+
+
+@rule(
+    aten.neg.default,
+    says="−x: everything passes; where it is a part of a vector, that is no longer mixed with the rest",
+)
+def negated(walk: Walk, node: fx.Node) -> Layout:
+    layout = walk.of(node.args[0])
+    walk.only(layout, node)
     return layout
 
 
@@ -78,6 +87,7 @@ def dropout(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 def nonlinear(walk: Walk, node: fx.Node) -> Layout:
     layout = walk.of(node.args[0])
     walk.stop(layout, node, f"{_name(node)} bends each element", NOT_MIXED)
+    walk.only(layout, node, (Level.PERMUTATION,))
     return Layout(layout.axes, layout.ids, layout.varies)
 
 
@@ -89,6 +99,7 @@ def nonlinear(walk: Walk, node: fx.Node) -> Layout:
 def relu(walk: Walk, node: fx.Node) -> Layout:
     layout = walk.of(node.args[0])
     walk.stop(layout, node, f"{_name(node)} bends each element", VECTOR)
+    walk.only(layout, node, (Level.PERMUTATION,))
     return layout
 
 
@@ -169,6 +180,7 @@ def _shift(walk: Walk, node: fx.Node, tensor: Any) -> Layout:
     numbers = [a for a in node.args[:2] if not isinstance(a, fx.Node)]
     if node.target is aten.rsub.Scalar or numbers != [0]:
         walk.stop(layout, node, "adds a number to each element", NOT_MIXED)
+        walk.only(layout, node, (Level.PERMUTATION,))
     return Layout(layout.axes, layout.ids, layout.varies)
 
 
@@ -187,9 +199,11 @@ def _shift(walk: Walk, node: fx.Node, tensor: Any) -> Layout:
 def multiply(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     first, second = node.args[:2]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
-        if isinstance(first, fx.Node):
-            return walk.of(first)
-        return nonlinear(walk, node) if node.target in _DIVISIONS else walk.of(second)
+        if not isinstance(first, fx.Node) and node.target in _DIVISIONS:
+            return nonlinear(walk, node)
+        layout = walk.of(first if isinstance(first, fx.Node) else second)
+        walk.only(layout, node)
+        return layout
     a, b = walk.of(first), walk.of(second)
     if node.target in _DIVISIONS and b.has_wires:
         return walk.barrier(node, "divides by what the channels hold")
@@ -251,6 +265,8 @@ def _by_table(walk: Walk, node: fx.Node, pair: Pair, ids: Ids, varies: tuple[boo
     inner = tuple(v and s > 1 for v, s in zip(varies, ids.shape, strict=True))
     if any(inner):
         walk.rows(result, node, "multiplies each channel by another number", row_numbers(ids, inner))
+    else:
+        walk.only(result, node)
     return result
 
 
@@ -310,6 +326,7 @@ def masked_fill(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
         return walk.barrier(node, "is masked by what the channels hold")
     if node.args[2] != 0:
         walk.stop(layout, node, "is filled with a number", NOT_MIXED)
+        walk.only(layout, node, (Level.PERMUTATION,))
     return scaled(walk, node, layout, mask)
 
 
