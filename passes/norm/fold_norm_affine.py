@@ -8,8 +8,8 @@
 
 Exact. Afterwards nothing scales the channels between the norm and its readers, and rotations may pass. A gain is
 folded where all that its channels meet are weights of products; a reader without a bias gets one where β asks for it.
-Where a reader can have none (experts, convolutions), the bias stays on the norm as β/γ. A bias without a gain is folded
-as one beside a gain of 1.
+Where a reader can have none (experts, convolutions), or reads a multiple, the bias stays on the norm as β/γ. A bias
+without a gain is folded as one beside a gain of 1.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor, fx
 
 from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.edits import AlongAxis
+from qcompile.ir.moves import moved
 from qcompile.ir.program import Program
-from qcompile.pass_base import Pass, Report, register
+from qcompile.pass_base import Pass, Report, place, register
 from qcompile.passes.norm.affine import NORMS, affine, computed, tell
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space, channel_spaces
 from qcompile.spaces.apply import Edits
@@ -53,7 +54,7 @@ class FoldNormAffine(Pass):
             elif vectors := affine(program, norm):
                 gains.setdefault(vectors[0], []).append(norm)
         for norms in gains.values():
-            reason = _fold(program, norms, spaces, edits, products, lent)
+            reason = _fold(program, norms, spaces, edits, products, lent, report)
             tell(report, norms, reason, "folded into what reads it")
         edits.commit()
         for norm in program.calls(*NORMS):
@@ -86,6 +87,7 @@ def _fold(
     edits: Edits,
     products: dict[fx.Node, Contraction],
     lent: set[fx.Node],
+    report: Report,
 ) -> str | None:
     """Fold norms that share a gain; the reason why they are left alone otherwise."""
     vectors = affine(program, norms[0])
@@ -100,12 +102,14 @@ def _fold(
         return reason
     gain = program.weight(vectors[0])
     shift = vectors[1] if len(vectors) > 1 else None
-    goes = all(_takes_bias(products[sink.node], sink) for sink in space.sinks)
+    stays = next((why for sink in space.sinks if (why := _no_bias(program, products[sink.node], sink, norms))), None)
+    goes = stays is None
     if shift is not None and not goes:
         if vectors[0] in lent:
-            return "it has no gain to fold, and its bias does not fit all that read it"
+            return f"it has no gain to fold, and its bias stays: {stays}"
         if not bool((gain.abs() > gain.abs().max() * _SMALLEST).all()):
-            return "its bias does not fit all that read it, and cannot stay: a gain is zero"
+            return f"its bias would have to stay, for {stays}; and it cannot: a gain is zero"
+        report.note(f"{place(norms[0])} keeps its bias: {stays}")
         program.edit_weight(shift, AlongAxis(0, _Divided(gain)))  # n·γ + β = (n + β/γ)·γ
     for sink in space.sinks:
         if shift is not None and goes:
@@ -127,8 +131,19 @@ class _Divided:
         return vectors / self.by.to(vectors)
 
 
-def _takes_bias(c: Contraction, sink: Placement) -> bool:
-    return sink.positions.shape[0] == 1 and not c.kernel and c.experts is None
+def _no_bias(program: Program, c: Contraction, sink: Placement, norms: list[fx.Node]) -> str | None:
+    """Why W·β cannot go to the bias of a product, or None."""
+    if sink.positions.shape[0] > 1:
+        return f"{c.node.name} reads channels several times"
+    if c.kernel or c.experts is not None:
+        return f"{c.node.name} has no one bias for all that it computes"
+    read = c.input
+    while read not in norms:  # a factor on the way would act on β as well, and another for each token
+        source = moved(program, read)
+        if source is None:
+            return f"{read.name} computes what {c.node.name} reads"
+        read = source
+    return None
 
 
 def _unfit(

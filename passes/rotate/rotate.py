@@ -111,8 +111,9 @@ class Rotate(Pass):
         for use in spaces.uses:
             if use.kind != ("norm" if self.stream else "none") or id(use) in taken:
                 continue
-            reasons = "; ".join(str(limit) for limit in spaces.all_limits(Level.ORTHOGONAL, use.ids)[:3])
-            if reasons and reasons not in said:
+            limits = spaces.all_limits(Level.ORTHOGONAL, use.ids)
+            reasons = "; ".join(map(str, limits[:3])) or f"{use.node.name}: its channels are no one vector"
+            if reasons not in said:
                 said.add(reasons)
                 report.skip(use.node, reasons)
 

@@ -168,7 +168,7 @@ def test_a_gain_of_zero_cannot_divide_the_bias(fold: Fold) -> None:
     program, report, _ = fold(f"{GH}, w: f64[5, 8, 3], c: f64[5]", f"{LAYER}\n{CONV}", values=GAIN_WITH_ZERO)
     assert affine(program) == [["g", "h"]]
     assert [e.what for e in report.skipped] == [
-        "its bias does not fit all that read it, and cannot stay: a gain is zero"
+        "its bias would have to stay, for y has no one bias for all that it computes; and it cannot: a gain is zero"
     ]
 
 
@@ -213,7 +213,7 @@ def test_norms_that_share_a_bias_and_have_no_gain(fold: Fold) -> None:
 @pytest.mark.parametrize(
     ("readers", "reason"),
     [
-        (CONV, "it has no gain to fold, and its bias does not fit all that read it"),
+        (CONV, "it has no gain to fold, and its bias stays: y has no one bias for all that it computes"),
         ("s = aten.silu.default(n)\ny = aten.linear.default(s, w)", "s: silu bends each element"),
         ("s = aten.relu.default(n)\ny = aten.linear.default(s, w)", "between it and y, s: relu bends each element"),
     ],
@@ -308,3 +308,13 @@ def test_bfloat16_is_rounded_once(feeds: Callable[..., dict[str, Tensor]]) -> No
     PassManager([FoldNormAffine()]).run(program)
     assert torch.equal(program.weights["w"], (before["w"] * before["g"]).bfloat16())
     assert torch.equal(program.weights["c"], (before["c"] + before["w"] @ before["h"]).bfloat16())
+
+
+@pytest.mark.parametrize("factor", ["neg.default(n)", "mul.Tensor(n, 2.0)", "mul.Tensor(n, 0.0)", "mul.Tensor(n, t)"])
+def test_a_bias_stays_where_a_factor_follows_it(fold: Fold, factor: str) -> None:
+    body = f"""{LAYER}
+               m = aten.{factor}
+               y = aten.linear.default(m, w)"""
+    program, report, _ = fold(f"{GH}, w: f64[6, 8]", body, inputs=f"{X}, t: f64[batch, sequence, 1]")
+    assert affine(program) == [["h"]]  # the gain is folded
+    assert report.notes == ["n keeps its bias: m computes what y reads"]

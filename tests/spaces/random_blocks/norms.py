@@ -78,6 +78,16 @@ def _affine_after(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
     return g.mul(y, g.gain(f"{name}.second", width)) if dice.often() else g.call("div.Tensor", y, 1.5)
 
 
+def _factor_after(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
+    """Gain and bias, and behind them a factor for all channels: a number, −1, or one a token."""
+    y = _layer(g, dice, x, name, width)
+    if dice.rarely():
+        return g.call("neg", y)
+    if dice.often():
+        return g.mul(y, dice.pick(0.5, 2.0, -1.5))
+    return g.mul(y, g.call("sigmoid", g.call("mean.dim", x, [-1], True)))
+
+
 def _euclidean(g: Graph, dice: Dice, x: str, name: str, width: int) -> str:
     """x / max(‖x‖, ε), times a gain."""
     length = g.call("linalg_vector_norm", x, 2, [-1], True)
@@ -160,6 +170,7 @@ NORMS: tuple[Norm, ...] = (
     _spelled_layer,
     _rms_and_bias,
     _affine_after,
+    _factor_after,
     _euclidean,
     _of_groups,
     _group_norm,
