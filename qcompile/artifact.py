@@ -21,7 +21,7 @@ from qcompile.errors import ArtifactError
 from qcompile.ir.program import Program
 from qcompile.ir.run import InputType, fill_inputs, signature
 from qcompile.ir.types import DTYPES, SHORT
-from qcompile.manifest import Agreement, InputEntry, Manifest, TensorEntry, describe_files
+from qcompile.manifest import AccumulatorEntry, Agreement, InputEntry, Manifest, TensorEntry, describe_files
 
 REFERENCE = "reference.safetensors"  # prompts and the Program's logits on them
 _TOKENIZER_FILES = (
@@ -121,6 +121,7 @@ def export_program(
     recipe: Mapping[str, Any],
     sqnr: Mapping[str, float] | None = None,
     source: Program | None = None,
+    proofs: Mapping[str, AccumulatorEntry] | None = None,
 ) -> Artifact:
     """Lower `program`, run the result in its runtime, compare, and only then put it in place.
 
@@ -128,6 +129,7 @@ def export_program(
         recipe: stored in the manifest, so that the artifact can be made again.
         sqnr: weight name → decibels, for the manifest.
         source: the program before quantization, for the size it is compared with.
+        proofs: weight name → that its sums fit an accumulator, for the manifest.
 
     Raises:
         LoweringError: the target cannot take something; nothing is written.
@@ -141,9 +143,8 @@ def export_program(
         copy_tokenizer(program, staged)
         reference = _reference(program, staged)
         agreement = _agreement(program, backend, staged, reference)
-        manifest = _manifest(
-            program, backend, lowered, dict(recipe), dict(sqnr or {}), source or program, agreement, staged
-        )
+        figures = dict(sqnr or {}), dict(proofs or {})
+        manifest = _manifest(program, backend, lowered, dict(recipe), figures, source or program, agreement, staged)
         manifest.write(staged)
     return Artifact(directory, manifest)
 
@@ -241,14 +242,14 @@ def _manifest(
     backend: Backend,
     lowered: LoweredFiles,
     recipe: dict[str, Any],
-    sqnr: dict[str, float],
+    figures: tuple[dict[str, float], dict[str, AccumulatorEntry]],
     source: Program,
     agreement: Agreement,
     directory: Path,
 ) -> Manifest:
     import dataclasses
 
-    specs = quantized_weights(program)
+    specs, (sqnr, proofs) = quantized_weights(program), figures
     tensors = {
         t.name: TensorEntry(
             container=t.container,
@@ -258,6 +259,7 @@ def _manifest(
             spec=specs.get(t.name),
             sqnr_db=sqnr.get(t.name),
             codes_sha256=tensor_hash(program.weights[f"{t.name}.codes"]) if t.name in specs else None,
+            accumulator=proofs.get(t.name),
         )
         for t in lowered.tensors
     }

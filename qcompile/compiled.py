@@ -84,8 +84,8 @@ class CompiledModel:
         Raises LoweringError for what the target cannot take, ArtifactError where runtime and Program disagree.
         """
         backend = make_backend(target, options)
-        recipe = self.recipe.to_dict()
-        return export_program(self.program, directory, backend, recipe, self.report.sqnr(), self.reference)
+        recipe, proofs = self.recipe.to_dict(), self.report.accumulators()
+        return export_program(self.program, directory, backend, recipe, self.report.sqnr(), self.reference, proofs)
 
     def _manifest(self, directory: Path) -> Manifest:
         tensors = self._tensors()
@@ -112,7 +112,7 @@ class CompiledModel:
         from qcompile.capture.packed import packings, weight_parts
 
         specs, sqnr, store = quantized_weights(self.program), self.report.sqnr(), self.program.weights
-        packed, parts = packings(self.program), weight_parts(self.program)
+        proofs, packed, parts = self.report.accumulators(), packings(self.program), weight_parts(self.program)
         sizes = {key: packed[key].nbytes if key in packed else store.nbytes(key) for key in store}
         taken = {key for keys in parts.values() for key in keys}
         tensors = {}
@@ -126,6 +126,7 @@ class CompiledModel:
                 bits_per_element=round(8 * size / max(1, elements), 4),
                 spec=specs.get(name) if keys[0] != name else None,
                 sqnr_db=sqnr.get(name) if keys[0] != name else None,
+                accumulator=proofs.get(name) if keys[0] != name else None,
             )
         return tensors
 

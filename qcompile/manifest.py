@@ -26,6 +26,22 @@ class FileEntry(_Strict):
     sha256: str
 
 
+class AccumulatorEntry(_Strict):
+    """What the codes of a weight sum up to at worst, over `tile` products with codes from `input_min` to `input_max`.
+
+    Counted exactly from the codes. `holds`: nothing leaves -`limit` … `limit`, what an accumulator of `bits` holds.
+    """
+
+    bits: int
+    tile: int
+    input_min: int
+    input_max: int
+    highest: int
+    lowest: int
+    limit: int
+    holds: bool
+
+
 class TensorEntry(_Strict):
     """One weight of the artifact."""
 
@@ -36,6 +52,7 @@ class TensorEntry(_Strict):
     spec: str | None = None
     sqnr_db: float | None = None
     codes_sha256: str | None = None
+    accumulator: AccumulatorEntry | None = None
 
 
 class InputEntry(_Strict):

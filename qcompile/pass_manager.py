@@ -48,7 +48,7 @@ class PassManager:
     def run(self, program: Program) -> list[Report]:
         """Edit `program` in place; one report a pass. An error carries a note that names the pass."""
         reports: list[Report] = []
-        for group in _together(self.passes[: self.stop_after]):
+        for group in together(self.passes[: self.stop_after]):
             try:
                 reports += self._group(len(reports), group, program)
             except Exception as error:
@@ -90,7 +90,7 @@ class PassManager:
         return run_segments(program, made, self.batches, self.settings, folder)
 
 
-def _together(passes: Sequence[Pass]) -> Iterator[list[Pass]]:
+def together(passes: Sequence[Pass]) -> Iterator[list[Pass]]:
     """The passes one by one, but those in a row that work segment by segment together."""
     for whole, members in groupby(passes, lambda p: isinstance(p, SegmentPass)):
         if whole:

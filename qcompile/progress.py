@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -30,12 +30,19 @@ def silence(on: bool = True) -> Iterator[None]:
         _silent.reset(token)
 
 
-def track(iterable: Iterable[T], description: str, total: int | None = None, quiet: bool = False) -> Iterator[T]:
+def track(
+    iterable: Iterable[T],
+    description: str,
+    total: int | None = None,
+    quiet: bool = False,
+    weights: Sequence[float] | None = None,
+) -> Iterator[T]:
     """Yield from `iterable` and show how far it is, how long it took and how long it will take.
 
     Args:
         description: what is going on, e.g. ``"calibrating"``.
         total: number of items; ``len(iterable)`` if None and it has one, else the bar shows no end.
+        weights: what each item takes, in any unit; alike if None.
         quiet: show nothing. Nothing is shown either inside `silence()` or where standard error is no terminal.
     """
     if quiet or _silent.get() or not sys.stderr.isatty():
@@ -48,7 +55,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, qui
     try:
         for done, item in enumerate(iterable):
             if bar is None and time.monotonic() - began > SHOW_AFTER:
-                bar = _Bar(description, total, done)
+                bar = _Bar(description, total, done, weights)
             yield item
             if bar is not None:
                 bar.advance()
@@ -60,17 +67,25 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, qui
 class _Bar:
     """One line of the display; the first opens the display, and closes it."""
 
-    def __init__(self, description: str, total: int | None, done: int) -> None:
+    def __init__(self, description: str, total: int | None, done: int, weights: Sequence[float] | None) -> None:
         outer = _shown.get()
         self.owner = outer is None
         self.display = outer or _display()
         if self.owner:
             self.display.start()
             _shown.set(self.display)
-        self.task = self.display.add_task(description, total=total, completed=done)
+        self.total, self.done, self.weights = total, done, weights
+        whole = total if weights is None else sum(weights)
+        self.task = self.display.add_task(description, total=whole, count=self._count())
+        self.display.update(self.task, completed=done if weights is None else sum(weights[:done]))
 
     def advance(self) -> None:
-        self.display.advance(self.task)
+        weight = 1.0 if self.weights is None else self.weights[self.done]
+        self.done += 1
+        self.display.update(self.task, advance=weight, count=self._count())
+
+    def _count(self) -> str:
+        return f"{self.done}/{'?' if self.total is None else self.total}"
 
     def close(self) -> None:
         self.display.remove_task(self.task)
@@ -83,7 +98,6 @@ def _display() -> Progress:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeElapsedColumn,
@@ -93,10 +107,11 @@ def _display() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        speed_estimate_period=600.0,  # seconds to look back on: single items can take minutes
         transient=True,
     )

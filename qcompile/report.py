@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompile.manifest import AccumulatorEntry
 from qcompile.pass_base import Entry, Report
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ class CompileReport:
             for where, values in report.measured.items()
             if "sqnr_db" in values
         }
+
+    def accumulators(self) -> dict[str, AccumulatorEntry]:
+        """Weight name → the proof that its sums fit an accumulator, where a pass kept them within one."""
+        start, found = "accumulator_", {}
+        for report in self.passes:
+            for where, values in report.measured.items():
+                proof = {name.removeprefix(start): int(v) for name, v in values.items() if name.startswith(start)}
+                if proof:
+                    found[where] = AccumulatorEntry.model_validate({**proof, "holds": bool(proof["holds"])})
+        return found
 
     def skipped(self) -> list[tuple[str, Entry]]:
         """Every place that a pass left alone: (pass, place and reason)."""

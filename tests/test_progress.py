@@ -45,6 +45,17 @@ def test_what_is_slow_shows_how_far_it_is(at_once: None) -> None:
     assert progress._shown.get() is None
 
 
+def test_a_bar_grows_by_what_items_take(at_once: None) -> None:
+    shares = []
+    with redirect_stderr(Terminal()) as terminal:
+        for _ in track("ab", "weighed", weights=[1.0, 3.0]):
+            display = progress._shown.get()
+            assert display is not None
+            shares.append((display.tasks[0].completed, display.tasks[0].total))
+    assert shares == [(0, 4.0), (1.0, 4.0)]
+    assert "/2" in terminal.getvalue()
+
+
 def test_the_display_closes_when_the_loop_ends_early(at_once: None) -> None:
     with redirect_stderr(Terminal()):
         loop = track(range(3), "failing")

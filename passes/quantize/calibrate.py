@@ -117,7 +117,7 @@ class RoutingWant:
 
     def add_up(self, processes: Processes) -> None:
         """Take in what the other processes counted."""
-        self.counts.add_up(processes.add_up)
+        self.counts.add_up(self.values, processes.add_up)
 
 
 class CalibrateWorker(Worker):
@@ -137,6 +137,7 @@ class CalibrateWorker(Worker):
         decoded = {n: q.quantize for q in find_qdq(setup.program) for n in decoders(setup.program, q)}
         self.places = [(q, named[_unrounded(setup.program, q, decoded).name]) for q in static]
         self.deciders = [named[name] for name in self.routing.sources if static]
+        self.settled: set[int] = set()
 
     def targets(self) -> Sequence[Target]:
         values = dict.fromkeys([*(value for _, value in self.places), *self.deciders])
@@ -144,28 +145,29 @@ class CalibrateWorker(Worker):
 
     def wants(self, stage: Stage) -> Sequence[Want]:
         here = {target.value for target in stage.targets}
-        ranges = [self._want(place, value) for place, value in self.places if value in here]
+        ranges = [self._want(place, value) for _, place, value in self._here(stage)]
         deciding = tuple(node.name for node in self.deciders if node in here)
         return [*ranges, *([RoutingWant(deciding, self.routing)] if deciding else [])]
 
     def solve(self, stage: Stage, found: Mapping[Want, Collector], processes: Processes) -> Solved:
         here = {target.value for target in stage.targets}
-        solved = Solved()
-        for number, (place, value) in enumerate(self.places):
-            if value in here:
-                collector = found[self._want(place, value)]
-                assert isinstance(collector, Range)
-                for index, tensor in enumerate(collector.observer.qparams().stored()):
-                    solved.tensors[f"{number}.{index}"] = tensor
+        solved = Solved(facts={"routing": self.routing.counted([n.name for n in self.deciders if n in here])})
+        for number, place, value in self._here(stage):
+            collector = found[self._want(place, value)]
+            assert isinstance(collector, Range)
+            for index, tensor in enumerate(collector.observer.qparams().stored()):
+                solved.tensors[f"{number}.{index}"] = tensor
         return solved
 
     def apply(self, stage: Stage, solved: Solved) -> None:
+        self.routing.restore(solved.facts["routing"])
         for number, (place, _) in enumerate(self.places):
             stored: list[Tensor] = []
             while (name := f"{number}.{len(stored)}") in solved.tensors:
                 stored.append(solved.tensors[name])
             if stored:
                 _store(self.program, place, stored, self.report)
+                self.settled.add(number)
 
     def finish(self) -> Report:
         if not self.places:
@@ -176,6 +178,11 @@ class CalibrateWorker(Worker):
             self.report.note(note)
         self.routing.tell(self.report)
         return self.report
+
+    def _here(self, stage: Stage) -> list[tuple[int, QDQ, fx.Node]]:
+        """Places whose value this stage is the first to look at; products that read it may do so later."""
+        seen = {target.value for target in stage.targets}
+        return [(i, p, value) for i, (p, value) in enumerate(self.places) if value in seen and i not in self.settled]
 
     def _want(self, place: QDQ, value: fx.Node) -> RangeWant:
         where = f"{_called(place)} of {self.program.module_of(place.params) or place.params.name}"

@@ -54,12 +54,12 @@ class RoutingCounts:
 
     def __init__(self, program: Program) -> None:
         self._routes: dict[str, list[Route]] = {}
-        self._seen: dict[str, Tensor] = {}
+        self._seen: dict[tuple[str, str], Tensor] = {}  # source, module
         self._every: dict[str, bool] = {}
         routes, self._unread = find_routes(program)
         for route in routes:
             self._routes.setdefault(route.source, []).append(route)
-            self._seen[route.where] = torch.zeros(route.experts, dtype=torch.int64)
+            self._seen[route.source, route.where] = torch.zeros(route.experts, dtype=torch.int64)
             self._every[route.where] = route.every
 
     @property
@@ -70,18 +70,30 @@ class RoutingCounts:
     def observe(self, name: str, value: Any) -> None:
         """Take in the value of a node of the program, or of a copy of it, by its name."""
         for route in self._routes.get(name, ()):
-            self._seen[route.where] += route.count(value).cpu()
+            self._seen[name, route.where] += route.count(value).cpu()
 
-    def add_up(self, sum_over: Callable[[Sequence[Tensor]], None]) -> None:
-        """Let every count be what `sum_over` makes of it, in place."""
-        sum_over(list(self._seen.values()))
+    def add_up(self, names: Sequence[str], sum_over: Callable[[Sequence[Tensor]], None]) -> None:
+        """Let every count of these sources be what `sum_over` makes of it, in place."""
+        sum_over([seen for (source, _), seen in self._seen.items() if source in names])
+
+    def counted(self, names: Sequence[str]) -> list[tuple[str, str, list[int]]]:
+        """Source, module and tokens of each expert, for these sources: plain data, which `restore` takes."""
+        return [(source, where, seen.tolist()) for (source, where), seen in self._seen.items() if source in names]
+
+    def restore(self, counted: Sequence[tuple[str, str, list[int]]]) -> None:
+        """Set counts to what `counted` gave."""
+        for source, where, tokens in counted:
+            self._seen[source, where] = torch.tensor(tokens, dtype=torch.int64)
 
     @property
     def tokens(self) -> dict[str, list[int]]:
         """Module of the experts → tokens of each; experts that all run, and on as many tokens, are left out."""
+        total: dict[str, Tensor] = {}
+        for (_, where), seen in self._seen.items():
+            total[where] = total.get(where, 0) + seen
         return {
             where: [int(n) for n in seen]
-            for where, seen in self._seen.items()
+            for where, seen in total.items()
             if not self._every[where] or bool((seen != seen[0]).any())
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,47 +15,93 @@ from qcompile.calibration.statistics import Gram
 from qcompile.numerics.qtensor import QTensor
 from qcompile.passes.quantize.routing import FEWEST_TOKENS, LEAST_SHARE
 from qcompile.passes.round.places import Place
-from qcompile.rounding import GPTQ, Figures, Method, Statistics, Stored, round_matrix
+from qcompile.rounding import (
+    GPFQ,
+    GPTQ,
+    Accumulator,
+    AwqClip,
+    Factors,
+    Figures,
+    MagR,
+    Method,
+    Proof,
+    Statistics,
+    Stored,
+    round_matrix,
+)
 from qcompile.rounding.solve import Groups
+
+
+@dataclass(frozen=True)
+class How:
+    """How one weight is rounded; see `round_matrix`."""
+
+    method: Method
+    groups: Groups
+    shrink: MagR | None
+    clip: AwqClip | None
+    accumulator: Accumulator | None
+    safe: bool
+
+
+class Cached:
+    """What was factored of the input that was last asked for: queries, keys and values have one, and stand in a row."""
+
+    def __init__(self) -> None:
+        self._inputs: Sequence[InputGram] = ()
+        self._factors = Factors()
+
+    def of(self, inputs: Sequence[InputGram]) -> Factors | None:
+        """What is known of the sums of `inputs`; None for experts, whose sums are many."""
+        if any(i.want.experts is not None for i in inputs):
+            return None
+        if list(map(id, inputs)) != list(map(id, self._inputs)):
+            self._inputs, self._factors = tuple(inputs), Factors()
+        return self._factors
 
 
 def round_weight(
     weight: Tensor,
     place: Place,
-    inputs: list[InputGram],
-    method: Method,
+    inputs: Sequence[InputGram],
+    how: How,
     outer: tuple[Tensor, ...],
-    groups: Groups,
-    safe: bool,
+    factors: Factors | None,
 ) -> tuple[QTensor, dict[str, Any]]:
     """The rounded weight, and its figures: of a stack, sums of tokens and means of errors over experts."""
     product, spec = place.reads[0].product, place.qdq.spec
     count = 1 if place.experts is None else weight.shape[place.experts]
     grams = [together([i.of[e] for i in inputs if e in i.of]) for e in range(count)]
     shared, poor = _shared(grams)
-    results, figures, notes = [], [], []
+    results, figures, proofs, notes = [], [], [], []
     for expert in range(count):
         part = weight if place.experts is None else weight.narrow(place.experts, expert, 1)
         stored = Stored(spec, tuple(part.shape), product.axis_out, product.axis_in)
         gram = shared if expert in poor else grams[expert]
-        here = method if gram.cross is not None or not method.follows_float else plain(method)
+        here = how.method if gram.cross is not None or not how.method.follows_float else plain(how.method)
         mine = tuple(_of_expert(t, place.experts, expert, count) for t in outer)
         rounded = round_matrix(
             stored.matrix(part),
             stored,
             statistics(gram, stored.in_features),
             here,
-            groups=groups,
-            safe=safe,
+            groups=how.groups,
+            shrink=how.shrink,
+            clip=how.clip,
+            accumulator=how.accumulator,
+            safe=how.safe,
             outer=mine,
+            factors=factors,
         )
         results.append(rounded.result)
         figures.append(rounded.figures)
+        proofs += [rounded.proof] if rounded.proof is not None else []
         notes += _notes(rounded.figures, "" if place.experts is None else f"expert {expert}: ")
     if poor:
         listed = ", ".join(f"{e} ({grams[e].tokens})" for e in poor)
         notes.append(f"experts that saw too few tokens are rounded by what all saw: expert (tokens) {listed}")
-    return _stacked(results, place.experts), {**_facts(figures), "notes": notes}
+    proved = {} if how.accumulator is None else _proved(how.accumulator, proofs)
+    return _stacked(results, place.experts), {**_facts(figures), **proved, "notes": notes}
 
 
 def statistics(gram: Gram, width: int) -> Statistics:
@@ -67,8 +114,12 @@ def statistics(gram: Gram, width: int) -> Statistics:
 
 
 def plain(method: Method) -> Method:
-    """The method where the float program's inputs are not known: GPTQ with the same damping and order."""
-    return GPTQ(damping=float(getattr(method, "damping", 0.01)), order=method.order)
+    """The method where the float program's inputs are not known: GPTQ with the same damping and order; GPFQ stays."""
+    return (
+        method
+        if isinstance(method, GPFQ)
+        else GPTQ(damping=float(getattr(method, "damping", 0.01)), order=method.order)
+    )
 
 
 def _shared(grams: list[Gram]) -> tuple[Gram, list[int]]:
@@ -109,6 +160,21 @@ def _facts(figures: list[Figures]) -> dict[str, Any]:
         if known:
             facts[name] = max(known) if name == "damping" else sum(known) / len(known)
     return facts
+
+
+def _proved(accumulator: Accumulator, proofs: Sequence[Proof]) -> dict[str, int]:
+    """The worst case of all matrices, as `AccumulatorEntry` of the manifest has it."""
+    facts = {
+        "bits": accumulator.bits,
+        "tile": accumulator.tile,
+        "input_min": accumulator.input_min,
+        "input_max": accumulator.input_max,
+        "highest": max(proof.highest for proof in proofs),
+        "lowest": min(proof.lowest for proof in proofs),
+        "limit": accumulator.limit,
+        "holds": int(all(proof.holds for proof in proofs)),
+    }
+    return {f"accumulator_{name}": value for name, value in facts.items()}
 
 
 def _notes(figures: Figures, who: str) -> list[str]:

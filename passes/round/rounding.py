@@ -19,12 +19,15 @@ from qcompile.calibration.inputs import InputGram, InputWant
 from qcompile.calibration.processes import Job, Processes, Result
 from qcompile.calibration.statistics import Collector, Want
 from qcompile.calibration.worker import SegmentPass, Setup, Solved, Worker
+from qcompile.errors import RecipeError
 from qcompile.numerics.qtensor import QTensor, quantize_tensor
 from qcompile.pass_base import Report
-from qcompile.passes.quantize.sites import given_outer, naming, store_codes
-from qcompile.passes.round.matrices import round_weight
+from qcompile.passes.quantize.sites import free_key, given_outer, naming, store_codes
+from qcompile.passes.round.bounds import accumulator_of
+from qcompile.passes.round.matrices import Cached, How, round_weight
 from qcompile.passes.round.places import Place, find_places
-from qcompile.rounding import Method
+from qcompile.passes.round.queries import made_for_scores
+from qcompile.rounding import GPFQ, AwqClip, MagR, Method
 from qcompile.rounding.solve import Groups
 
 
@@ -34,16 +37,42 @@ class Rounding(SegmentPass):
 
     Args:
         safe: a weight whose error would be larger than that of rounding to nearest is rounded to nearest.
+        magr: α of MagR (arXiv 2406.00800), 0.01 as a rule: peaks of weights are shrunk first; null leaves them.
+        accumulator_bits: codes are chosen so that no sum of products with the codes of inputs, over `accumulator_tile`
+            inputs, can leave an accumulator of so many bits (AXE, arXiv 2409.17092), and that is proved. It needs
+            inputs that are integer codes; null sets no bound.
+        accumulator_tile: inputs that are added up in it; it divides the groups that share a scale.
     """
 
     rounds_weights: ClassVar[bool] = True
 
     safe: bool = True
+    magr: float | None = None
+    accumulator_bits: int | None = None
+    accumulator_tile: int = 128
+
+    def __post_init__(self) -> None:
+        if self.magr is not None and self.magr <= 0:
+            raise RecipeError(f"{self.name}: magr={self.magr:g} is not above 0; use 0.01, or null for none")
+        bits = self.accumulator_bits
+        if self.accumulator_tile < 1 or (bits is not None and not 2 <= bits <= 48):
+            given = f"accumulator_bits={bits} and accumulator_tile={self.accumulator_tile}"
+            raise RecipeError(f"{self.name}: {given}; use 2 to 48 bits, and tiles of at least one input")
 
     @property
     def groups(self) -> Groups:
         """Whether parameters of groups are chosen ahead, or each when its turn comes."""
         return "static"
+
+    @property
+    def clipping(self) -> AwqClip | None:
+        """How ranges are searched; None where they are the spec's own."""
+        return None
+
+    @property
+    def clips_scores(self) -> bool:
+        """Whether ranges of weights that make queries and keys are searched, too."""
+        return False
 
     @abstractmethod
     def method(self) -> Method:
@@ -67,10 +96,16 @@ class RoundingWorker(Worker):
         self.needs_quantized = setup.settings.propagate == "quantized"
         self.needs_float = follows or not self.needs_quantized
         self.places = find_places(setup, follows)
-        self.report = Report()
+        self.report, self.cached = Report(), Cached()
         self.settled: set[int] = set()
-        if self.method.follows_float and not follows:
+        if self.method.follows_float and not follows and not isinstance(self.method, GPFQ):
             self.report.note(f"propagate: float shows no rounded inputs, so that {self.method} is plain GPTQ")
+        scores = set() if made.clipping is None or made.clips_scores else made_for_scores(setup.program)
+        self.unclipped = {p.number for p in self.places if any(read.product.node in scores for read in p.reads)}
+        if self.unclipped:
+            self.report.note(f"{len(self.unclipped)} weights make queries or keys; their ranges are not clipped")
+        for place in self.places:
+            self._how(place)  # refuses, before any work, what cannot be bounded
 
     def targets(self) -> Sequence[Target]:
         """What reads a weight."""
@@ -100,8 +135,9 @@ class RoundingWorker(Worker):
             start = f"{number}."
             tensors = {k.removeprefix(start): t for k, t in solved.tensors.items() if k.startswith(start)}
             weight = self.setup.program.weight(place.qdq.source)
+            where = free_key(self.setup.program, place.key, "codes")
             store_codes(self.setup.program, place.qdq, weight, _unpacked(tensors, place), self.report)
-            self._tell(place, facts)
+            self._tell(where, place, facts)
             self.settled.add(place.number)
 
     def finish(self) -> Report:
@@ -114,7 +150,8 @@ class RoundingWorker(Worker):
             with naming(place.key):
                 result = quantize_tensor(weight, place.qdq.spec, given_outer(program, place.qdq))
             store_codes(program, place.qdq, weight, result, self.report)
-            self.report.skip(place.key, f"rounded to nearest: {place.left or 'no stage reached it'}")
+            unbounded = "; no accumulator bound is kept" if self.made.accumulator_bits and place.left else ""
+            self.report.skip(place.key, f"rounded to nearest: {place.left or 'no stage reached it'}{unbounded}")
         if not self.places:
             self.report.note("no weight is marked for rounding; insert-qdq, before this pass, marks them")
         return self.report
@@ -129,21 +166,30 @@ class RoundingWorker(Worker):
                 found.append((place, list(dict.fromkeys(wants))))
         return found
 
+    def _how(self, place: Place) -> How:
+        """How one weight is rounded. RecipeError where its accumulator cannot be bounded."""
+        made, bound = self.made, None
+        if made.accumulator_bits is not None and place.reads:
+            bound = accumulator_of(self.setup.program, place, made.accumulator_bits, made.accumulator_tile)
+        shrink = None if made.magr is None else MagR(made.magr)
+        clip = None if place.number in self.unclipped else made.clipping
+        return How(self.method, made.groups, shrink, clip, bound, made.safe)
+
     def _round(self, place: Place, inputs: list[InputGram]) -> Result:
         """One weight: a matrix, or a stack of them."""
         start = time.perf_counter()
         outer = given_outer(self.setup.program, place.qdq)
         with naming(place.key):
             weight = self.setup.program.weight(place.qdq.source)
-            result, facts = round_weight(weight, place, inputs, self.method, outer, self.made.groups, self.made.safe)
+            result, facts = round_weight(weight, place, inputs, self._how(place), outer, self.cached.of(inputs))
         facts["seconds"] = time.perf_counter() - start
         named = {"codes": result.codes, **result.parameters}
         return {name: tensor.cpu() for name, tensor in named.items()}, facts
 
-    def _tell(self, place: Place, facts: Mapping[str, Any]) -> None:
+    def _tell(self, where: str, place: Place, facts: Mapping[str, Any]) -> None:
         """Put the figures of a weight into the report."""
         numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
-        self.report.measure(place.key, numbers)
+        self.report.measure(where, numbers)
         self.report.rewrote(place.key, f"{place.qdq.spec}: {facts['method']}")
         for line in facts["notes"]:
             self.report.note(f"{place.key}: {line}")

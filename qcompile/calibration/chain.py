@@ -10,6 +10,7 @@ at when all that was computed before it is settled.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -86,12 +87,14 @@ class _Lives:
         self.targets = sorted(targets, key=lambda t: (t.at._sort_key, t.value._sort_key))
         data = _computed_with_weights(program)
         needed = _ancestors(t.value for t in targets)
-        self.nodes = [n for n in program.graph.nodes if n in data and (n in needed)]
+        several = {n for n in data if isinstance(n.meta["val"], tuple | list)}  # its parts are what is kept
+        self.nodes = [n for n in program.graph.nodes if n in data and n in needed and n not in several]
         at = {t.at for t in targets}
         self.order = program.nodes
         self.index = {n: i for i, n in enumerate(self.order)}
         readers = needed | at
-        self.first = {n: self.index[n] for n in self.nodes}
+        made = {n: n.all_input_nodes[0] if n.target is operator.getitem else n for n in self.nodes}
+        self.first = {n: self.index[made[n] if made[n] in several else n] for n in self.nodes}
         self.last = {
             n: max((self.index[u] for u in n.users if u in readers and u in self.index), default=self.first[n])
             for n in self.nodes
@@ -101,8 +104,8 @@ class _Lives:
                 self.last[t.value] = max(self.last[t.value], self.index.get(t.at, 0), self.first[t.value] + 1)
 
     def position(self, target: Target) -> int:
-        """Where a target stands."""
-        return self.index[target.at]
+        """Where a target stands; 0 for an input of the program."""
+        return self.index.get(target.at, 0)
 
     def ready(self, target: Target) -> int:
         """The first position at which a target's value is there; 0 for an input of the program."""

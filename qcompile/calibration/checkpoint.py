@@ -1,11 +1,11 @@
 """Finished segments on disk: a run that was killed goes on behind the last of them, with the same bits.
 
-    run.json                        fingerprint, finished stages, and the files that count
-    segment-0003.safetensors        what was found at each stage of a segment, for each pass
-    boundary-0003-0.safetensors     values behind it, of process 0
+    run.json                            fingerprint, finished stages, and the files of finished segments
+    segment-0003.safetensors            what was found at each stage of a segment, for each pass
+    boundary-0003-00017.safetensors     values behind it, of batch 17; none behind the last segment
 
 A file is written beside its name, forced to disk, and renamed; run.json is written last, so that whatever it names is
-whole. Files that it does not name are left-overs of a run that was killed, and are written over.
+whole. Files that it does not name are left-overs of a run that was killed: they are written over, or removed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,12 +34,13 @@ from qcompile.ir.program import Program
 _PEEK = 256
 """Elements of each weight that the fingerprint looks at."""
 
-Boundary = Mapping[str, Mapping[int, Mapping[str, Tensor]]]
+Values = Mapping[str, Mapping[str, Tensor]]
+"""Stream → name → the value of one batch."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder for one run of the engine. Raises QCompileError where it holds another run."""
+    """A folder for one run of the engine. Raises QCompileError where it holds another run, or broken files."""
 
     folder: Path
     fingerprint: str
@@ -60,29 +62,35 @@ class Checkpoint:
         for name in self._state().get("segments", ()):
             yield _read_solved(self.folder / name)
 
-    def boundary(self, processes: Processes) -> dict[str, dict[int, dict[str, Tensor]]]:
-        """Values behind the last finished segment, for the batches of this process; none behind the last of all."""
+    def boundary(self, batches: Iterable[int]) -> Iterator[tuple[int, Values]]:
+        """Values behind the last finished segment, batch by batch; there are none behind the last of all."""
         number = len(self._state()["segments"]) - 1
-        path = self.folder / _boundary_name(number, processes.rank)
-        found: dict[str, dict[int, dict[str, Tensor]]] = {}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                stream, batch, name = key.split("/", 2)
-                found.setdefault(stream, {}).setdefault(int(batch), {})[name] = file.get_tensor(key)
-        return found
+        for batch in batches:
+            tensors, _ = _read_tensors(self.folder / _boundary_name(number, batch))
+            values: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                stream, name = key.split("/", 1)
+                values.setdefault(stream, {})[name] = tensor
+            yield batch, values
 
-    def commit(self, stages: int, solved: Sequence[Sequence[Solved]], boundary: Boundary, processes: Processes) -> None:
-        """Add a segment: what was found at its stages, and the values behind it; `stages` are finished then."""
+    def commit(
+        self,
+        stages: int,
+        solved: Sequence[Sequence[Solved]],
+        boundary: Iterable[tuple[int, Values]],
+        processes: Processes,
+    ) -> None:
+        """Add a segment: what was found at its stages, and the values behind it, of the batches of this process;
+        `stages` are finished then.
+        """
         state = self._state()
         number = len(state.get("segments", ()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        flat = {
-            f"{stream}/{batch}/{name}": tensor
-            for stream, batches in boundary.items()
-            for batch, values in batches.items()
-            for name, tensor in values.items()
-        }
-        _write_tensors(self.folder / _boundary_name(number, processes.rank), flat, {})
+        kept = set()
+        for batch, values in boundary:
+            flat = {f"{stream}/{name}": tensor for stream, named in values.items() for name, tensor in named.items()}
+            kept.add(_boundary_name(number, batch))
+            _write_tensors(self.folder / _boundary_name(number, batch), flat, {})
         processes.wait()
         if processes.writes:
             segment = f"segment-{number:04d}.safetensors"
@@ -91,33 +99,47 @@ class Checkpoint:
             text = json.dumps({"fingerprint": self.fingerprint, "stages": stages, "segments": segments}, indent=1)
             _write_bytes(self.folder / "run.json", text.encode())
         processes.wait()
-        if number:
-            (self.folder / _boundary_name(number - 1, processes.rank)).unlink(missing_ok=True)
+        self._tidy(kept.union(*processes.others(kept)), processes)
+
+    def _tidy(self, kept: set[str], processes: Processes) -> None:
+        """Remove boundaries that nothing needs any more, and what a killed run left half written."""
+        if processes.writes:
+            for path in [*self.folder.glob("boundary-*.safetensors"), *self.folder.glob("*.partial")]:
+                if path.name not in kept:
+                    path.unlink()
+        processes.wait()
 
     def _state(self) -> dict[str, Any]:
         path = self.folder / "run.json"
-        if not path.is_file():
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
             return {}
         try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise QCompileError(f"{path} is not JSON; remove the folder, or give another") from None
-        return state
+            state = json.loads(content)
+            sound = isinstance(state["fingerprint"], str) and isinstance(state["stages"], int)
+            sound = sound and all(isinstance(name, str) for name in state["segments"])
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise _broken(path, "is not what a run writes")
+        return dict(state)
 
 
 def fingerprint(program: Program, passes: Sequence[str], settings: str, data: Sequence[Mapping[str, Tensor]]) -> str:
-    """SHA-256 over all that decides the result: graph, weights (some elements of each), passes, settings, data,
-    versions of qcompile and torch.
+    """SHA-256 over all that decides the result: graph, weights as they are now (some elements of each), passes,
+    settings, data, versions of qcompile and torch.
     """
     digest = hashlib.sha256()
     for text in (str(program), *passes, settings, qcompile.__version__, torch.__version__):
         digest.update(text.encode() + b"\0")
     for key in sorted(program.weights):
         digest.update(f"{key} {program.weights.meta(key)}".encode())
-        digest.update(_bytes(program.weights.peek(key, _PEEK)))
+        digest.update(_bytes(program.weights.sample(key, _PEEK)))
     for batch in data:
         for name in sorted(batch):
-            digest.update(f"{name} {tuple(batch[name].shape)}".encode() + _bytes(batch[name]))
+            tensor = batch[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
     return digest.hexdigest()
 
 
@@ -126,36 +148,61 @@ def _bytes(tensor: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def _boundary_name(number: int, rank: int) -> str:
-    return f"boundary-{number:04d}-{rank}.safetensors"
+def _boundary_name(number: int, batch: int) -> str:
+    return f"boundary-{number:04d}-{batch:05d}.safetensors"
+
+
+def _broken(path: Path, what: str) -> QCompileError:
+    return QCompileError(f"{path} {what}; remove {path.parent} to begin again")
 
 
 def _write_solved(path: Path, solved: Sequence[Sequence[Solved]]) -> None:
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {}
     for stage, members in enumerate(solved):
         for worker, part in enumerate(members):
             tensors |= {f"{stage}/{worker}/{name}": tensor for name, tensor in part.tensors.items()}
-            facts[f"{stage}/{worker}"] = part.facts
+    facts = [[part.facts for part in members] for members in solved]
     _write_tensors(path, tensors, {"facts": json.dumps(facts)})
 
 
 def _read_solved(path: Path) -> list[list[Solved]]:
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        stages = 1 + max(int(key.split("/")[0]) for key in facts)
-        workers = 1 + max(int(key.split("/")[1]) for key in facts)
-        solved = [[Solved(facts=facts[f"{s}/{w}"]) for w in range(workers)] for s in range(stages)]
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            stage, worker, name = key.split("/", 2)
-            solved[int(stage)][int(worker)].tensors[name] = file.get_tensor(key)
+    tensors, about = _read_tensors(path)
+    solved = [[Solved(facts=facts) for facts in members] for members in json.loads(about["facts"])]
+    for key, tensor in tensors.items():
+        stage, worker, name = key.split("/", 2)
+        solved[int(stage)][int(worker)].tensors[name] = tensor
     return solved
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
     beside = path.with_suffix(".partial")
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside, metadata)
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_file(own, beside, {**about, "crc32": str(_checksum(own))})
     _settle(beside, path)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and what was written about them. Raises QCompileError for a file that is missing or broken."""
+    if not path.is_file():
+        raise _broken(path, "is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            about = dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        raise _broken(path, "cannot be read") from None
+    if about.get("crc32") != str(_checksum(tensors)):
+        raise _broken(path, "was changed since it was written")
+    return tensors, about
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(name.encode(), found)
+        flat = tensors[name].reshape(-1)
+        found = zlib.crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b"", found)
+    return found
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

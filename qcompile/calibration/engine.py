@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from qcompile.calibration.chain import Chain, Stage, cut
-from qcompile.calibration.checkpoint import Checkpoint, fingerprint
+from qcompile.calibration.checkpoint import Checkpoint, Values, fingerprint
+from qcompile.calibration.estimate import Estimate, estimate
+from qcompile.calibration.machine import peak_memory
 from qcompile.calibration.processes import Processes, joined
 from qcompile.calibration.settings import Settings
 from qcompile.calibration.slices import Slice
@@ -47,23 +49,26 @@ def run_segments(
         resume: a folder for finished segments. One that holds some of the same run is gone on with; one of another run
             is refused.
 
-    Raises QCompileError for data without tokens, and for a nan or infinity with the place and the sample.
+    Raises QCompileError for data without tokens, for a run that would not fit in memory, and for a nan or infinity with
+    the place and the sample.
     """
     setup = Setup(program, without_rounding(program), settings or Settings())
     data = [dict(feeds(batch)) for batch in batches]
     if not any(t.numel() for batch in data for t in batch.values()):
         raise QCompileError("the calibration data has no tokens; give data= with at least one batch")
-    with joined() as processes:
-        workers = [p.begin(setup) for p in passes]
-        engine = Engine(setup, workers, data, processes)
-        made = None
-        if resume is not None:
-            about = f"{setup.settings} {processes.size}"
-            made = Checkpoint(resume, fingerprint(program, [str(p) for p in passes], about, data))
-        engine.run(made)
-        reports = [worker.finish() for worker in workers]
-    reports[0].notes += engine.notes()
-    reports[0].measure("calibration", {f"{what}_seconds": seconds for what, seconds in engine.seconds.items()})
+    processes = joined()
+    workers = [p.begin(setup) for p in passes]
+    engine = Engine(setup, workers, data, processes)
+    expected = estimate(engine)
+    expected.check(setup.settings.true_sequential)
+    made = None
+    if resume is not None:
+        about = f"{setup.settings} {processes.size}"
+        made = Checkpoint(resume, fingerprint(program, [str(p) for p in passes], about, data))
+    engine.run(made, expected)
+    reports = [worker.finish() for worker in workers]
+    reports[0].notes += [*engine.notes(), *([expected.describe()] if expected.stages else [])]
+    reports[0].measure("calibration", {**engine.figures(), **expected.figures(), "peak_bytes": peak_memory()})
     return reports
 
 
@@ -98,12 +103,13 @@ class Engine:
         self.plain = _Stream(setup.plain, ValueStore(share)) if plain else None
         self.seconds = {"forward": 0.0, "collect": 0.0, "solve": 0.0}
 
-    def run(self, checkpoint: Checkpoint | None = None) -> None:
-        """All stages; what a checkpoint has is applied as it was found."""
+    def run(self, checkpoint: Checkpoint | None = None, expected: Estimate | None = None) -> None:
+        """All stages; what a checkpoint has is applied as it was found. `expected` weighs them for the progress."""
         stages = self.chain.stages
         done = 0 if checkpoint is None else self._restore(checkpoint)
         kept: list[list[Solved]] = []
-        for index, stage in enumerate(track(stages, "calibrating", len(stages))):
+        weights, quiet = None if expected is None else expected.stages, not self.processes.writes
+        for index, stage in enumerate(track(stages, "calibrating", len(stages), quiet, weights)):
             if index < done:
                 continue
             kept.append(self._settle(stage))
@@ -111,7 +117,7 @@ class Engine:
             if not last:
                 self._advance(stage)
             if checkpoint is not None and (last or stages[index + 1].segment != stage.segment):
-                checkpoint.commit(index + 1, kept, {} if last else self._boundary(), self.processes)
+                checkpoint.commit(index + 1, kept, () if last else self._boundary(), self.processes)
                 kept = []
 
     def notes(self) -> list[str]:
@@ -120,10 +126,15 @@ class Engine:
             return []
         tokens = sum(tokens_in(batch) for batch in self.data)
         lines = [f"{self.chain.describe()}; {self.samples[-1].stop} samples, {tokens} tokens"]
-        spilled = sum(s.values.spilled for s in (self.quantized, self.plain) if s is not None)
+        spilled = sum(stream.values.spilled for stream in self._streams().values())
         if spilled:
             lines.append(f"{spilled / 1e9:.2f} GB of values between stages went through files")
         return lines
+
+    def figures(self) -> dict[str, float]:
+        """How much there was, and the seconds it took."""
+        counts = {"segments": self.chain.segments, "stages": len(self.chain.stages), "processes": self.processes.size}
+        return {**counts, **{f"{what}_seconds": seconds for what, seconds in self.seconds.items()}}
 
     def _settle(self, stage: Stage) -> list[Solved]:
         solved = []
@@ -171,21 +182,19 @@ class Engine:
 
     def _advance(self, stage: Stage) -> None:
         start = time.perf_counter()
-        for stream in (self.quantized, self.plain):
-            if stream is None:
-                continue
+        for stream in self._streams().values():
             part = Slice(stream.program, stage.starts, stage.ends, self.device)
             for batch in self.mine:
                 stream.values.put(batch, self._run(stream, part, batch))
         self.seconds["forward"] += time.perf_counter() - start
 
-    def _boundary(self) -> dict[str, dict[int, dict[str, Tensor]]]:
-        streams = {"quantized": self.quantized, "float": self.plain}
-        return {
-            name: {batch: stream.values.get(batch) for batch in self.mine}
-            for name, stream in streams.items()
-            if stream is not None
-        }
+    def _streams(self) -> dict[str, _Stream]:
+        named = {"quantized": self.quantized, "float": self.plain}
+        return {name: stream for name, stream in named.items() if stream is not None}
+
+    def _boundary(self) -> Iterator[tuple[int, Values]]:
+        for batch in self.mine:
+            yield batch, {name: stream.values.get(batch) for name, stream in self._streams().items()}
 
     def _restore(self, checkpoint: Checkpoint) -> int:
         """Apply what is finished; returns how many stages that is."""
@@ -196,11 +205,9 @@ class Engine:
                     worker.apply(self.chain.stages[done], part)
                 done += 1
         if 0 < done < len(self.chain.stages):
-            for name, batches in checkpoint.boundary(self.processes).items():
-                stream = self.quantized if name == "quantized" else self.plain
-                assert stream is not None
-                for batch, values in batches.items():
-                    stream.values.put(batch, values)
+            for batch, values in checkpoint.boundary(self.mine):
+                for name, stream in self._streams().items():
+                    stream.values.put(batch, values.get(name, {}))
         return done
 
     def _in_order(self) -> list[Worker]:

@@ -72,22 +72,27 @@ class InputGram:
         values: Mapping[str, Any] = seen.float if want.of_float else seen.quantized
         if want.experts is None:
             rows = _rows(want.padding, want.x_hat, values, want.axis, seen.mask)
-            check_finite(rows, want.where, seen.samples)
+            check_finite(rows, want.where, seen.samples, seen.mask)
             other = None
             if want.x is not None:
                 other = _rows(want.padding_float, want.x, seen.float, want.axis_float, seen.mask)
+                check_finite(other, f"{want.where} in the float model", seen.samples, seen.mask)
             self._gram(0).add(rows, other)
             return
         decider = None if want.experts.decider is None else values[want.experts.decider]
         for expert, rows in want.experts.rows(values[want.x_hat.name], decider).items():
-            check_finite(rows, f"{want.where}, expert {expert}", seen.samples)
+            check_finite(rows, f"{want.where}, expert {expert}", seen.samples, in_order=False)
             if len(rows):
                 self._gram(expert).add(rows, None)
 
     def add_up(self, processes: Processes) -> None:
-        """Add up over processes; an expert that this one did not see counts as zeros."""
-        if processes.size == 1:
-            return
+        """Add up over processes; an expert that this one did not see counts as zeros. Then the sums are as final."""
+        if processes.size > 1:
+            self._add_up(processes)
+        for gram in self.of.values():
+            gram.settle(self.want.x_hat.meta["val"].dtype)
+
+    def _add_up(self, processes: Processes) -> None:
         experts = processes.union(sorted(self.of))
         width = processes.largest(max((g.width for g in self.of.values()), default=0))
         for expert in experts:
@@ -108,6 +113,8 @@ def _rows(padding: Padding, node: fx.Node, values: Mapping[str, Any], axis: int,
 
 def together(grams: list[Gram]) -> Gram:
     """The sums of several, of one width; G only where all have it."""
+    if len(grams) == 1:
+        return grams[0]  # and no copy of it
     total = Gram()
     crossed = all(g.cross is not None for g in grams)
     for gram in grams:

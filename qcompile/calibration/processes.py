@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,10 +43,14 @@ class Processes:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Let every tensor be the sum over all processes."""
+        """Let every tensor be the sum over all processes, wherever each of them holds it."""
         if self.size > 1:
+            device = _device()
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                there = tensor.to(device)
+                dist.all_reduce(there)
+                if there is not tensor:
+                    tensor.copy_(there)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -115,17 +119,31 @@ def _broadcast(result: Result | None, owner: int) -> Result:
     return tensors, facts
 
 
-@contextmanager
-def joined() -> Any:
-    """The processes that ``torchrun`` started, joined for the block; one process where it did not start any."""
+def joined() -> Processes:
+    """The processes that ``torchrun`` started, joined when this is first called; one where it did not start any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
-        return
-    made = not dist.is_initialized()
-    if made:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    finally:
-        if made:
-            dist.destroy_process_group()
+        return Processes()
+    if not dist.is_initialized():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if torch.cuda.device_count() >= here:  # nccl wants a GPU for each process
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+        else:
+            dist.init_process_group("gloo")
+        atexit.register(_part)
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def first_process() -> bool:
+    """Whether this process shows and writes results: rank 0 of those that ``torchrun`` started, or the only one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """Where sums travel."""
+    return torch.device("cuda" if "nccl" in str(dist.get_backend_config()) else "cpu")

@@ -47,9 +47,9 @@ class Slice:
         """Keys of the weights it reads."""
         return [str(n.meta["weight"]) for n in self.fixed if "weight" in n.meta]
 
-    def run(self, values: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The outputs by name, from the inputs by name and the program's own inputs."""
-        table: dict[fx.Node, Any] = {node: self._here(values[name]) for name, node in self.inputs.items()}
+    def run(self, values: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, from the inputs by name and the program's own inputs; a number is a tensor without axes."""
+        table: dict[fx.Node, Any] = {node: self._given(node, values[name]) for name, node in self.inputs.items()}
         table |= {node: self._here(feeds[node.name]) for node in self.feeds if node not in table}
 
         def value(node: fx.Node) -> Any:
@@ -62,7 +62,7 @@ class Slice:
                 table[node] = self._call(node, value)
                 for dead in self.last_use.get(node, ()):
                     table.pop(dead, None)
-        return {name: value(node) for name, node in self.outputs.items()}
+        return {name: _kept(value(node)) for name, node in self.outputs.items()}
 
     def _call(self, node: fx.Node, value: Any) -> Any:
         args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
@@ -87,8 +87,17 @@ class Slice:
             self._constants[node] = value
         return self._constants[node]
 
+    def _given(self, node: fx.Node, value: Tensor) -> Any:
+        return self._here(value) if isinstance(node.meta["val"], Tensor) else value.item()
+
     def _here(self, value: Tensor) -> Tensor:
         return value if self.device is None else value.to(self.device, non_blocking=True)
+
+
+def _kept(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def _known(named: Mapping[str, fx.Node], name: str) -> fx.Node:

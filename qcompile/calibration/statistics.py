@@ -93,6 +93,14 @@ class Gram:
             self.cross += rows.T @ rows_float
             self.total_float += rows_float.sum(0, dtype=torch.float64)
 
+    def settle(self, dtype: torch.dtype) -> None:
+        """Keep H and G in what rounding computes with, float32 unless the inputs are float64: half the memory."""
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.hessian is not None:
+            self.hessian = self.hessian.to(work)
+        if self.cross is not None:
+            self.cross = self.cross.to(work)
+
     def parts(self) -> list[Tensor]:
         """The sums: H and Σ x̂, then G and Σ x where they are wanted."""
         return [t for t in (self.hessian, self.total, self.cross, self.total_float) if t is not None]
@@ -109,10 +117,19 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
             sums[:low, low:high] += strip[:, :low].T
 
 
-def check_finite(rows: Tensor, where: str, samples: range) -> None:
-    """QCompileError where a row ``[tokens, features]`` holds nan or infinity, with the place and the sample."""
+def check_finite(rows: Tensor, where: str, samples: range, mask: Tensor | None = None, in_order: bool = True) -> None:
+    """QCompileError where a row ``[tokens, features]`` holds nan or infinity, with the place and the sample.
+
+    Args:
+        samples: those that the rows are of.
+        mask: bool ``[samples, length]``, where padding was left out of the rows.
+        in_order: the rows are in the order of the samples; else all of them are named.
+    """
     if bool(torch.isfinite(rows.sum(dtype=torch.float64))) or bool(torch.isfinite(rows).all()):
         return
     row = int((~torch.isfinite(rows)).any(1).nonzero()[0])
-    sample = samples[row * len(samples) // len(rows)]
-    raise QCompileError(f"{where} is nan or infinite in calibration sample {sample}; mend the model or the data")
+    owners = torch.arange(len(samples)) if mask is None else mask.cpu().nonzero()[:, 0]
+    named = f"sample {samples[0]}" if len(samples) == 1 else f"samples {samples[0]}-{samples[-1]}"
+    if in_order and len(rows) % len(owners) == 0:
+        named = f"sample {samples[int(owners[row * len(owners) // len(rows)])]}"
+    raise QCompileError(f"{where} is nan or infinite in calibration {named}; mend the model or the data")

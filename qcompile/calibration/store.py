@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,8 @@ class ValueStore:
             self.held += size
             return
         path = self._place() / f"{id(self)}-{batch}.safetensors"
-        save_file({name: t.detach().cpu().contiguous() for name, t in values.items()}, path)
+        own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in values.items()}
+        save_file(own, path)  # copies: views of one tensor cannot share a file
         self._files[batch] = path
         self.spilled += size
 

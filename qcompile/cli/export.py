@@ -10,6 +10,7 @@ import yaml
 from qcompile.artifact import Artifact
 from qcompile.atomic import check_target
 from qcompile.backend_base import make_backend
+from qcompile.calibration.processes import first_process
 from qcompile.cli.show import console, print_json, size, status, working
 from qcompile.cli.subject import model_path
 from qcompile.compiled import CompiledModel
@@ -40,6 +41,9 @@ def run(
     target, made = target or chosen.target or DEFAULT_TARGET, parse_options(options)
     make_backend(target, made)  # bad options are said before any work is done
     out = out or Path("qcompile-out") / f"{Path(path).name}-{Path(recipe).stem}-{target}"
+    if not first_process():  # under torchrun: it calibrates with the first one, which does the rest
+        compile_model(path, chosen, data, resume=resume)
+        return
     check_target(out.absolute())
     status(f"capturing and compiling {path} with recipe {recipe}")
     compiled = compile_model(path, chosen, data, resume=resume)

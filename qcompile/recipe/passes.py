@@ -11,6 +11,7 @@ from qcompile.passes.quantize.calibrate import Calibrate
 from qcompile.passes.quantize.insert_qdq import InsertQDQ
 from qcompile.passes.quantize.rtn import RTN
 from qcompile.passes.quantize.share_global_scale import ShareGlobalScale
+from qcompile.passes.round.bias_correction import BiasCorrection
 from qcompile.recipe.model import Recipe
 from qcompile.recipe.parts import Spec
 from qcompile.recipe.specs import activation_spec, weight_spec
@@ -159,4 +160,4 @@ def _first_reader_of_marks(passes: list[Pass]) -> int:
 
 
 def _reads_marks(pass_: Pass) -> bool:
-    return pass_.rounds_weights or isinstance(pass_, Calibrate | ShareGlobalScale)
+    return pass_.rounds_weights or isinstance(pass_, Calibrate | ShareGlobalScale | BiasCorrection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qcompile.rounding.axe import Accumulator, Proof, prove
 from qcompile.rounding.bias import bias_correction
 from qcompile.rounding.clip import AwqClip
-from qcompile.rounding.factor import Factored, factor
+from qcompile.rounding.factor import Factored, Factors, factor
 from qcompile.rounding.figures import Figures
 from qcompile.rounding.float_target import FloatTarget, float_target
 from qcompile.rounding.gpfq import GPFQ
@@ -14,6 +14,7 @@ from qcompile.rounding.gptq import GPTQ
 from qcompile.rounding.grid import Grid, Stored
 from qcompile.rounding.magr import MagR
 from qcompile.rounding.method import Method, Problem, Sums
+from qcompile.rounding.nearest import Nearest
 from qcompile.rounding.order import Order, column_order
 from qcompile.rounding.qronos import Qronos
 from qcompile.rounding.recursion import recurse
@@ -27,11 +28,13 @@ __all__ = [
     "Accumulator",
     "AwqClip",
     "Factored",
+    "Factors",
     "Figures",
     "FloatTarget",
     "Grid",
     "MagR",
     "Method",
+    "Nearest",
     "Order",
     "Problem",
     "Proof",

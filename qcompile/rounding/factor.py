@@ -8,7 +8,7 @@ arXiv 2507.18553, and H + λI = (I + M)ᵀ diag(R)² (I + M).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,6 +40,21 @@ class Factored:
         inner.div_(self.pivots.unsqueeze(1))
         solved: Tensor = torch.linalg.solve_triangular(self.feedback, inner, upper=False, unitriangular=True)
         return solved
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What was factored of one Hessian, for all matrices that read the same inputs; by order, damping and unit."""
+
+    found: dict[tuple[bytes, torch.dtype, float, float | None], Factored] = field(default_factory=dict)
+
+    def of(self, hessian: Tensor, damping: float, unit: float | None, order: Tensor | None) -> Factored:
+        """`factor(hessian, damping, unit)`, for the Hessian with its columns in `order`; computed once."""
+        turns = b"" if order is None else order.cpu().numpy().tobytes()
+        key = turns, hessian.dtype, damping, unit
+        if key not in self.found:
+            self.found[key] = factor(hessian, damping, unit)
+        return self.found[key]
 
 
 def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factored:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qcompile.rounding.factor import Factored, factor
+from qcompile.rounding.factor import Factored
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
 
@@ -32,7 +32,7 @@ class FloatTarget:
 
     def problem(self, columns: Tensor, sums: Sums) -> Problem:
         """See `Method`."""
-        factored = factor(sums.hessian, self.damping)
+        factored = sums.factor(self.damping)
         target = float_target(columns, sums.needed_cross(self), factored, self.toward)
         return Problem(target, target, factored.feedback, factored)
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompile.rounding.factor import factor
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
 
@@ -36,7 +35,7 @@ class GPTAQ:
 
     def problem(self, columns: Tensor, sums: Sums) -> Problem:
         """See `Method`."""
-        factored = factor(sums.hessian, self.damping)
+        factored = sums.factor(self.damping)
         moved = sums.needed_cross(self) - sums.hessian
         shift = torch.linalg.solve_triangular(factored.feedback.t(), moved, upper=True, unitriangular=True)
         shift.tril_(-1).mul_(-self.alpha / factored.pivots.unsqueeze(1))

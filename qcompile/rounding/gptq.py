@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qcompile.rounding.factor import factor
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
 
@@ -28,6 +27,6 @@ class GPTQ:
 
     def problem(self, columns: Tensor, sums: Sums) -> Problem:
         """See `Method`."""
-        factored = factor(sums.hessian, self.damping)
+        factored = sums.factor(self.damping)
         living = sums.alive(columns)
         return Problem(living, living, factored.feedback, factored)

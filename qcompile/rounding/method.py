@@ -8,18 +8,21 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from qcompile.errors import QCompileError
-from qcompile.rounding.factor import Factored
+from qcompile.rounding.factor import Factored, Factors, factor
 from qcompile.rounding.order import Order
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Second moments of a layer's inputs, in the order of its columns: `hessian` H = X̂X̂ᵀ and, where the float
-    stream's inputs X are known too, `cross` G = X̂Xᵀ; both [in, in], of one scale.
+    stream's inputs X are known too, `cross` G = X̂Xᵀ; both [in, in], of one scale. `factors`: what is known of H
+    already, and `order` that of the columns in it.
     """
 
     hessian: Tensor
     cross: Tensor | None
+    factors: Factors | None = None
+    order: Tensor | None = None
 
     @property
     def dead(self) -> Tensor:
@@ -31,6 +34,12 @@ class Sums:
         dead = self.dead
         return columns.masked_fill(dead.unsqueeze(1), 0) if bool(dead.any()) else columns
 
+    def factor(self, damping: float, unit: float | None = None) -> Factored:
+        """H factored, as `factor` does; once for all that share `factors`."""
+        if self.factors is None:
+            return factor(self.hessian, damping, unit)
+        return self.factors.of(self.hessian, damping, unit, self.order)
+
     def needed_cross(self, method: Method) -> Tensor:
         """G; QCompileError naming `method` where there is none."""
         if self.cross is None:
@@ -40,7 +49,7 @@ class Sums:
     def ordered(self, order: Tensor) -> Sums:
         """The sums of columns in another order."""
         cross = None if self.cross is None else _ordered(self.cross, order)
-        return Sums(_ordered(self.hessian, order), cross)
+        return Sums(_ordered(self.hessian, order), cross, self.factors, order)
 
 
 @dataclass(frozen=True, eq=False)

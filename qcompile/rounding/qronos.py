@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qcompile.rounding.factor import factor
 from qcompile.rounding.float_target import float_target
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
@@ -34,7 +33,7 @@ class Qronos:
     def problem(self, columns: Tensor, sums: Sums) -> Problem:
         """See `Method`."""
         cross, hessian = sums.needed_cross(self), sums.hessian
-        factored = factor(hessian, self.alpha, unit=largest_eigenvalue(hessian))
+        factored = sums.factor(self.alpha, largest_eigenvalue(hessian))
         target = float_target(columns, cross, factored, "weight")
         base = target.clone()
         if not bool(factored.dead[0]):

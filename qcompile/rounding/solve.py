@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from qcompile.numerics.fit import work_dtype
 from qcompile.numerics.qtensor import QTensor
 from qcompile.rounding.axe import Accumulator, BoundedGrid, Proof, prove
 from qcompile.rounding.clip import AwqClip
-from qcompile.rounding.factor import Factored
+from qcompile.rounding.factor import Factored, Factors
 from qcompile.rounding.figures import Figures, dot, quadratic
 from qcompile.rounding.grid import Grid, Stored
 from qcompile.rounding.magr import MagR
@@ -67,13 +67,14 @@ def round_matrix(
     accumulator: Accumulator | None = None,
     safe: bool = True,
     outer: tuple[Tensor, ...] = (),
+    factors: Factors | None = None,
 ) -> Rounded:
     """Round `weight` [out, in] by `method`, in float32, or float64 where the weight is.
 
     `groups`: parameters of all groups are chosen from the weight (`static`), or each when its turn comes (`running`).
     `shrink`: the weight is first replaced by one with smaller peaks. `clip`: static parameters come from a searched
     range. `accumulator`: codes stay within its bound, those of rounding to nearest as well, and the proof is returned.
-    `outer` as in `choose_qparams`.
+    `outer` as in `choose_qparams`. `factors`: give the same to all matrices that read the same inputs.
 
     `safe`: where the error is above that of rounding to nearest, that result is kept, and the figures say so; the error
     is ΔW's on X̂, and WX - ŴX̂ for a method that follows the float stream and has its cross terms. Where no input ever
@@ -81,7 +82,8 @@ def round_matrix(
     the method, where options do not fit each other, where something holds nan, or where H has no factorisation.
     """
     work = work_dtype(weight)
-    job = _Job(stored, _sums(weight, stored, statistics, work), method, groups, shrink, clip, accumulator, outer)
+    sums = replace(_sums(weight, stored, statistics, work), factors=factors)
+    job = _Job(stored, sums, method, groups, shrink, clip, accumulator, outer)
     job.check()
     columns = weight.to(work).t().contiguous()
     plain = Grid.fit(columns.t(), stored, outer)

@@ -118,7 +118,9 @@ def test_load_takes_names_paths_mappings_and_recipes(tmp_path: Path, monkeypatch
 
 def test_presets_are_described_and_complete() -> None:
     presets = Recipe.presets()
-    assert list(presets) == ["int4-g128", "int4-int8dynamic", "int8-dynamic", "int8-static"]
+    plain = ["int4-g128", "int4-int8dynamic", "int8-dynamic", "int8-static"]
+    calibrated = ["dpq-w4a8", "gptaq-int4", "gptq-int4", "mr-gptq-mxfp4", "mr-gptq-nvfp4", "qronos-int4"]
+    assert list(presets) == sorted(plain + calibrated)
     for name, description in presets.items():
         recipe = Recipe.load(name).check()
         assert recipe.description == description
@@ -151,8 +153,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"calibration": {"samples": 0}}, "recipe field 'calibration.samples': input should be greater than or equal to 1"),
     ({"verify": "all"}, "recipe field 'verify': input should be 'auto', 'each', 'end' or 'off' (given 'all')"),
     ({"passes": 3}, "recipe field 'passes': input should be a valid tuple (given 3)"),
-    ("int4-g12", "there is no preset 'int4-g12' (did you mean 'int4-g128'?); presets are int4-g128, int4-int8dynamic"),
-    ("nowhere/x.yaml", "recipe 'nowhere/x.yaml' is no file; give a YAML file, or a preset: int4-g128"),
+    ("int4-g12", "there is no preset 'int4-g12' (did you mean 'int4-g128'?); presets are dpq-w4a8, gptaq-int4"),
+    ("nowhere/x.yaml", "recipe 'nowhere/x.yaml' is no file; give a YAML file, or a preset: dpq-w4a8"),
 ]
 
 

@@ -1,0 +1,101 @@
+"""What this machine has to offer: memory that is free, arithmetic and memory traffic in a second."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_SIDE, _COPIED = 768, 16 << 20
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Float32 operations a second in matrix products, and bytes read and written a second by what is no product."""
+
+    flops: float
+    bytes: float
+
+
+@lru_cache(maxsize=4)
+def speed(threads: int, device: str | None = None) -> Speed:
+    """Measured within 0.3 s, once for a number of threads (of torch, as they are set now) and a device."""
+    here = torch.device(device or "cpu")
+    a, b = torch.ones(_SIDE, _SIDE, device=here), torch.ones(_COPIED // 4, device=here)
+    product = _best(lambda: torch.mm(a, a), here)
+    added = _best(lambda: torch.add(b, 1.0), here)
+    return Speed(2 * _SIDE**3 / product, 2 * _COPIED / added)
+
+
+def free_memory(device: str | None = None, proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be taken yet: of the GPU where `device` is one, else of the machine and of every control group
+    (version 2) above this process, page cache that can be dropped counted as free.
+    """
+    if device is not None and torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return min([_machine(proc), *_groups(proc, groups)])
+
+
+def resident(proc: Path = Path("/proc")) -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    if (file := proc / "self/statm").exists():
+        return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _machine(proc: Path) -> int:
+    if (file := proc / "meminfo").exists():
+        table = dict(line.split(":") for line in file.read_text().splitlines())
+        return int(table["MemAvailable"].split()[0]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _groups(proc: Path, root: Path) -> list[int]:
+    file = proc / "self/cgroup"
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line[3:].strip("/") for line in lines if line.startswith("0::")]
+    found = []
+    for name in names[:1]:
+        folder = root / name
+        for here in (folder, *folder.parents):
+            limit = here / "memory.max"
+            if here != root and root not in here.parents:
+                break
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (here / "memory.stat").read_text().splitlines())
+                used = int((here / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+                found.append(max(0, int(text) - used))
+    return found
+
+
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the quickest of a few runs; the first of all warms up and does not count."""
+    shortest = float("inf")
+    began = time.perf_counter()
+    for number in range(6):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if number:
+            shortest = min(shortest, now - start)
+            if now - began > 0.1:
+                break
+    return shortest
