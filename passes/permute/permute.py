@@ -57,7 +57,7 @@ class Permute(Pass):
         def score(sink: Placement) -> Tensor:
             parts = torch.split(weight_columns(program, sink), _ROWS)
             if self.score == "range":
-                return channels(torch.stack([part.abs().amax(0) for part in parts]).amax(0), sink, "max")
+                return channels(torch.stack([_peaks(part) for part in parts]).amax(0), sink, "max")
             return channels(torch.stack([part.double().square().sum(0) for part in parts]).sum(0), sink, "sum")
 
         def combine(scores: list[Tensor]) -> Tensor:
@@ -72,3 +72,8 @@ def wanted(stream: bool, heads: bool, hidden: bool) -> tuple[Kind, ...]:
     """The kinds of spaces that are chosen."""
     given: dict[Kind, bool] = {"stream": stream, "heads": heads, "hidden": hidden}
     return tuple(kind for kind, chosen in given.items() if chosen)
+
+
+def _peaks(rows: Tensor) -> Tensor:
+    """max |w| of each column; 0 of a weight without rows."""
+    return rows.abs().amax(0) if len(rows) else rows.new_zeros(rows.shape[1])

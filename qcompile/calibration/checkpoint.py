@@ -99,10 +99,10 @@ class Checkpoint:
             text = json.dumps({"fingerprint": self.fingerprint, "stages": stages, "segments": segments}, indent=1)
             _write_bytes(self.folder / "run.json", text.encode())
         processes.wait()
-        self._tidy(kept.union(*processes.others(kept)), processes)
+        self.tidy(kept.union(*processes.others(kept)), processes)
 
-    def _tidy(self, kept: set[str], processes: Processes) -> None:
-        """Remove boundaries that nothing needs any more, and what a killed run left half written."""
+    def tidy(self, kept: set[str], processes: Processes) -> None:
+        """Remove boundaries but those that are `kept`, and what a killed run left half written."""
         if processes.writes:
             for path in [*self.folder.glob("boundary-*.safetensors"), *self.folder.glob("*.partial")]:
                 if path.name not in kept:

@@ -67,7 +67,7 @@ def run_segments(
         made = Checkpoint(resume, fingerprint(program, [str(p) for p in passes], about, data))
     engine.run(made, expected)
     reports = [worker.finish() for worker in workers]
-    reports[0].notes += [*engine.notes(), *([expected.describe()] if expected.stages else [])]
+    reports[0].notes += engine.notes()
     reports[0].measure("calibration", {**engine.figures(), **expected.figures(), "peak_bytes": peak_memory()})
     return reports
 
@@ -152,11 +152,10 @@ class Engine:
     def _collect(self, stage: Stage, wants: Sequence[Want]) -> dict[Want, Collector]:
         """Run from where the stage starts to what is wanted, batch by batch."""
         start = time.perf_counter()
-        found = {want: want.make() for want in wants}
-        parts = {
-            "quantized": self._part(self.quantized, stage, dict.fromkeys(n for w in wants for n in w.quantized)),
-            "float": self._part(self.plain, stage, dict.fromkeys(n for w in wants for n in w.float)),
-        }
+        found, shared = {want: want.make() for want in wants}, dict[int, Tensor]()
+        names = {"quantized": (n for w in wants for n in w.quantized), "float": (n for w in wants for n in w.float)}
+        streams = {"quantized": self.quantized, "float": self.plain}
+        parts = {name: self._part(streams[name], stage, dict.fromkeys(n), shared) for name, n in names.items()}
         for batch in self.mine if wants else ():
             values = {name: self._run(*part, batch) if part else {} for name, part in parts.items()}
             mask = token_mask(self.data[batch])
@@ -168,13 +167,15 @@ class Engine:
         self.seconds["collect"] += time.perf_counter() - start
         return found
 
-    def _part(self, stream: _Stream | None, stage: Stage, names: Iterable[str]) -> tuple[_Stream, Slice] | None:
+    def _part(
+        self, stream: _Stream | None, stage: Stage, names: Iterable[str], shared: dict[int, Tensor]
+    ) -> tuple[_Stream, Slice] | None:
         listed = list(names)
         if not listed:
             return None
         if stream is None:
             raise RuntimeError(f"a pass wants {listed[0]} of a program that it did not ask to be run")
-        return stream, Slice(stream.program, stage.starts, listed, self.device)
+        return stream, Slice(stream.program, stage.starts, listed, self.device, shared)
 
     def _run(self, stream: _Stream, part: Slice, batch: int) -> dict[str, Any]:
         values = stream.values.get(batch) if part.inputs else {}
@@ -204,7 +205,9 @@ class Engine:
                 for worker, part in zip(self._in_order(), members, strict=True):
                     worker.apply(self.chain.stages[done], part)
                 done += 1
-        if 0 < done < len(self.chain.stages):
+        if done == len(self.chain.stages):
+            checkpoint.tidy(set(), self.processes)  # it may have been killed before it did
+        elif done:
             for batch, values in checkpoint.boundary(self.mine):
                 for name, stream in self._streams().items():
                     stream.values.put(batch, values.get(name, {}))

@@ -99,10 +99,6 @@ class Estimate:
         """Memory and time in a few words."""
         return f"about {self.peak / 1e9:.2f} GB at most ({self.moment}) and {_time(self.total)}"
 
-    def describe(self) -> str:
-        """One line for a report."""
-        return f"estimated beforehand: {self.summary}"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {

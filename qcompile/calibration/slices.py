@@ -23,12 +23,18 @@ class Slice:
 
     Args:
         device: where it runs; None leaves tensors where they are.
+        shared: weights that have been read, for slices of copies of one program that live side by side.
 
     Raises QCompileError where a name is not in the program.
     """
 
     def __init__(
-        self, program: Program, inputs: Iterable[str], outputs: Iterable[str], device: torch.device | None = None
+        self,
+        program: Program,
+        inputs: Iterable[str],
+        outputs: Iterable[str],
+        device: torch.device | None = None,
+        shared: dict[int, Tensor] | None = None,
     ) -> None:
         named = {node.name: node for node in program.graph.nodes}
         self.program, self.device = program, device
@@ -41,6 +47,7 @@ class Slice:
         self.last_use = _last_uses(self.nodes, set(self.outputs.values()), self.fixed)
         self.feeds = [n for n in reached if n.op == "placeholder" and "weight" not in n.meta]
         self._constants: dict[fx.Node, Any] = {}
+        self._shared = shared
 
     @property
     def weights(self) -> list[str]:
@@ -48,7 +55,7 @@ class Slice:
         return [str(n.meta["weight"]) for n in self.fixed if "weight" in n.meta]
 
     def run(self, values: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, from the inputs by name and the program's own inputs; a number is a tensor without axes."""
+        """The outputs by name, from the inputs by name and the program's own; a number is a tensor without axes."""
         table: dict[fx.Node, Any] = {node: self._given(node, values[name]) for name, node in self.inputs.items()}
         table |= {node: self._here(feeds[node.name]) for node in self.feeds if node not in table}
 
@@ -78,7 +85,7 @@ class Slice:
         """What a node of the fixed part holds; only what the rest reads is kept."""
         if node not in self._constants:
             if "weight" in node.meta:
-                value = self._here(self.program.weight(node))
+                value = self._weight(node)
             else:
                 value = self._call(node, self._constant)
                 for source in node.all_input_nodes:
@@ -86,6 +93,14 @@ class Slice:
                         self._constants.pop(source, None)
             self._constants[node] = value
         return self._constants[node]
+
+    def _weight(self, node: fx.Node) -> Tensor:
+        if self._shared is None:
+            return self._here(self.program.weight(node))
+        number = self.program.weights.identity(self.program.key(node))
+        if number not in self._shared:
+            self._shared[number] = self._here(self.program.weight(node))
+        return self._shared[number]
 
     def _given(self, node: fx.Node, value: Tensor) -> Any:
         return self._here(value) if isinstance(node.meta["val"], Tensor) else value.item()

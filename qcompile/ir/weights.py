@@ -181,6 +181,10 @@ class WeightStore(MutableMapping[str, Tensor]):
         flat = (self[key] if entry.edits else entry.source.read()).reshape(-1)
         return flat[:: max(1, len(flat) // count)]
 
+    def identity(self, key: str) -> int:
+        """A number that this weight shares with the same one in copies of the store, while none of them changes it."""
+        return id(self._entries[key])
+
     def same_source(self, key: str, other: str) -> bool:
         """Whether both names read one tensor with no edits on either (a tie)."""
         a, b = self._entries[key], self._entries[other]

@@ -155,7 +155,6 @@ def test_the_report_has_the_estimate_beside_what_was_measured() -> None:
     assert figures["estimated_seconds"] > 0
     assert figures["estimated_peak_bytes"] > 1e7
     assert 0.3 < figures["estimated_peak_bytes"] / figures["peak_bytes"] < 1.5
-    assert any(note.startswith("estimated beforehand: about ") for note in report.notes)
 
 
 def test_plain_data() -> None:

@@ -350,3 +350,17 @@ def test_what_changes_half_of_a_vector_parts_it_from_the_other(
         edits.permute(space, torch.tensor([2, 0, 3, 1]))
     edits.commit()
     assert drift(program.run(inputs), before) <= 1e-13
+
+
+def test_a_gain_that_another_norm_reads_as_well() -> None:
+    """The channels of the second norm come from an operator without a rule: no weight makes them."""
+    program = parsed(
+        "x: f64[batch, 6, sequence]",
+        "w: f64[8, 6, 1], g: f64[8], v: f64[16, 8, 1]",
+        """a = aten.conv1d.default(x, w)
+            n = aten.group_norm.default(a, 1, g)
+            c = aten.conv1d.default(n, v)
+            s = aten.glu.default(c, 1)
+            y = aten.group_norm.default(s, 1, g)""",
+    )
+    assert not any("g" in s.name for s in channel_spaces(program)[Level.PERMUTATION])

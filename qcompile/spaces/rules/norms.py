@@ -12,7 +12,7 @@ from qcompile.spaces.layout import Layout, along, plain, product
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import paired, row_numbers
 from qcompile.spaces.rules.pointwise import scaled, summed
-from qcompile.spaces.walk import Use, Walk, no_wires
+from qcompile.spaces.walk import Use, Walk
 from qcompile.spaces.wires import MIXING, VECTOR, Level
 
 aten = torch.ops.aten
@@ -107,7 +107,7 @@ def batch_norm(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 def _per_channel(walk: Walk, node: fx.Node, layout: Layout, rows: Any) -> Layout | list[Layout]:
     """Channels on axis 1: each is scaled and shifted by numbers of its own."""
     if not layout.has_wires:
-        return no_wires(node)
+        return walk.barrier(node, "normalises what no weight makes")
     if not layout.has_wires_along(1):
         return walk.barrier(node, "takes tokens for channels")
     walk.stop(layout, node, "normalises each channel on its own", (Level.DIAGONAL, *VECTOR))
