@@ -56,7 +56,12 @@ SCALES = {"narrow": "sym narrow group=32", "half": "sym half group=32", "signed"
 AXE = [
     ("no bound", ["gptq"]),
     ("no bound", ["gpfq"]),
-    *((f"P = {p}", [f"{m}(accumulator_bits={p})"]) for p in (20, 18, 17, 16, 15) for m in ("gptq", "gpfq")),
+    *((f"P = {p}", [f"{m}(accumulator_bits={p})"]) for p in (17, 16, 15) for m in ("gptq", "gpfq")),
+    *(
+        (f"P = {p}, scales as they are", [f"{m}(accumulator_bits={p}, accumulator_widen=false)"])
+        for p in (17, 16, 15)
+        for m in ("gptq", "gpfq")
+    ),
 ]
 
 NOTES = f"""{SAMPLES} × {LENGTH} tokens of calibration, from other documents than those that models are judged by. ΔNLL:

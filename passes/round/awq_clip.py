@@ -27,7 +27,7 @@ class AwqClipPass(Rounding):
         tried: how many are tried, the whole one among them.
         queries_keys: weights that make queries and keys are clipped, too. A layer's own output tells little of what
             clipping does to attention scores, so that their ranges stay as they are otherwise.
-        safe, magr, accumulator_bits, accumulator_tile: see `Rounding`.
+        safe, magr, accumulator_…: see `Rounding`.
     """
 
     name: ClassVar[str] = "awq-clip"

@@ -15,7 +15,7 @@ from qcompile.passes.round.places import Place
 from qcompile.rounding import Accumulator
 
 
-def accumulator_of(program: Program, place: Place, bits: int, tile: int) -> Accumulator:
+def accumulator_of(program: Program, place: Place, bits: int, tile: int, widen: bool) -> Accumulator:
     """The accumulator of the products that read a weight, for the codes that any of their inputs can have.
 
     Raises RecipeError where weight or input are no integers without a zero-point between them and their sum, or where a
@@ -33,7 +33,7 @@ def accumulator_of(program: Program, place: Place, bits: int, tile: int) -> Accu
             f"{place.key}: a tile of {tile} inputs meets groups of {width}, which differ in scale; {ways}"
         )
     ranges = [input_codes(program, read.product, place.key) for read in place.reads]
-    return Accumulator(bits, tile, min(low for low, _ in ranges), max(high for _, high in ranges))
+    return Accumulator(bits, tile, min(low for low, _ in ranges), max(high for _, high in ranges), widen)
 
 
 def input_codes(program: Program, product: Contraction, key: str) -> tuple[int, int]:

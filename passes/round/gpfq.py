@@ -23,7 +23,7 @@ class Gpfq(Compensating):
     """GPFQ for every weight that `insert-qdq` marked, in any format.
 
     Args:
-        safe, magr, accumulator_bits, accumulator_tile: see `Rounding`.
+        safe, magr, accumulator_…: see `Rounding`.
         act_order, static_groups, clip: see `Compensating`.
     """
 

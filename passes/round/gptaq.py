@@ -24,7 +24,7 @@ class Gptaq(Compensating):
     Args:
         damping: as in gptq.
         alpha: the share of the correction that is made at each column.
-        safe, magr, accumulator_bits, accumulator_tile: see `Rounding`.
+        safe, magr, accumulator_…: see `Rounding`.
         act_order, static_groups, clip: see `Compensating`.
     """
 

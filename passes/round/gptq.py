@@ -26,7 +26,7 @@ class Gptq(Compensating):
         damping: λ over the mean of H's diagonal; raised tenfold, and told, where H has no factorisation with it.
         target: ``quantized`` for the outputs that float weights have on what the rounded model feeds them, ``float``
             for those of the float model.
-        safe, magr, accumulator_bits, accumulator_tile: see `Rounding`.
+        safe, magr, accumulator_…: see `Rounding`.
         act_order, static_groups, clip: see `Compensating`.
     """
 

@@ -23,7 +23,7 @@ class QronosPass(Compensating):
 
     Args:
         alpha: λ over the largest eigenvalue of H.
-        safe, magr, accumulator_bits, accumulator_tile: see `Rounding`.
+        safe, magr, accumulator_…: see `Rounding`.
         act_order, static_groups, clip: see `Compensating`.
     """
 

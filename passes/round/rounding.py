@@ -37,11 +37,13 @@ class Rounding(SegmentPass):
 
     Args:
         safe: a weight whose error would be larger than that of rounding to nearest is rounded to nearest.
-        magr: α of MagR (arXiv 2406.00800), 0.01 as a rule: peaks of weights are shrunk first; null leaves them.
+        magr: α of MagR (arXiv 2406.00800), about 0.0001: peaks of weights are shrunk first; null leaves them.
         accumulator_bits: codes are chosen so that no sum of products with the codes of inputs, over `accumulator_tile`
             inputs, can leave an accumulator of so many bits (AXE, arXiv 2409.17092), and that is proved. It needs
             inputs that are integer codes; null sets no bound.
         accumulator_tile: inputs that are added up in it; it divides the groups that share a scale.
+        accumulator_widen: scales are made larger where weights over them would not fit, as they mostly do not at few
+            bits; without it codes are cut off, as in the paper.
     """
 
     rounds_weights: ClassVar[bool] = True
@@ -50,10 +52,11 @@ class Rounding(SegmentPass):
     magr: float | None = None
     accumulator_bits: int | None = None
     accumulator_tile: int = 128
+    accumulator_widen: bool = True
 
     def __post_init__(self) -> None:
         if self.magr is not None and self.magr <= 0:
-            raise RecipeError(f"{self.name}: magr={self.magr:g} is not above 0; use 0.01, or null for none")
+            raise RecipeError(f"{self.name}: magr={self.magr:g} is not above 0; use 0.0001, or null for none")
         bits = self.accumulator_bits
         if self.accumulator_tile < 1 or (bits is not None and not 2 <= bits <= 48):
             given = f"accumulator_bits={bits} and accumulator_tile={self.accumulator_tile}"
@@ -106,6 +109,11 @@ class RoundingWorker(Worker):
             self.report.note(f"{len(self.unclipped)} weights make queries or keys; their ranges are not clipped")
         for place in self.places:
             self._how(place)  # refuses, before any work, what cannot be bounded
+
+    def waiting(self) -> dict[str, str]:
+        """Weights that a stage will still round."""
+        left = [p for p in self.places if p.reads and p.number not in self.settled]
+        return {node.name: place.qdq.source.name for place in left for node in place.qdq.dequantize}
 
     def targets(self) -> Sequence[Target]:
         """What reads a weight."""
@@ -170,7 +178,9 @@ class RoundingWorker(Worker):
         """How one weight is rounded. RecipeError where its accumulator cannot be bounded."""
         made, bound = self.made, None
         if made.accumulator_bits is not None and place.reads:
-            bound = accumulator_of(self.setup.program, place, made.accumulator_bits, made.accumulator_tile)
+            bound = accumulator_of(
+                self.setup.program, place, made.accumulator_bits, made.accumulator_tile, made.accumulator_widen
+            )
         shrink = None if made.magr is None else MagR(made.magr)
         clip = None if place.number in self.unclipped else made.clipping
         return How(self.method, made.groups, shrink, clip, bound, made.safe)

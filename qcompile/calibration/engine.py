@@ -175,7 +175,8 @@ class Engine:
             return None
         if stream is None:
             raise RuntimeError(f"a pass wants {listed[0]} of a program that it did not ask to be run")
-        return stream, Slice(stream.program, stage.starts, listed, self.device, shared)
+        waiting = self._waiting() if stream is self.quantized else {}
+        return stream, Slice(stream.program, stage.starts, listed, self.device, shared, waiting)
 
     def _run(self, stream: _Stream, part: Slice, batch: int) -> dict[str, Any]:
         values = stream.values.get(batch) if part.inputs else {}
@@ -188,6 +189,9 @@ class Engine:
             for batch in self.mine:
                 stream.values.put(batch, self._run(stream, part, batch))
         self.seconds["forward"] += time.perf_counter() - start
+
+    def _waiting(self) -> dict[str, str]:
+        return {node: weight for worker in self.workers for node, weight in worker.waiting().items()}
 
     def _streams(self) -> dict[str, _Stream]:
         named = {"quantized": self.quantized, "float": self.plain}

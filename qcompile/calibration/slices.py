@@ -24,6 +24,7 @@ class Slice:
     Args:
         device: where it runs; None leaves tensors where they are.
         shared: weights that have been read, for slices of copies of one program that live side by side.
+        instead: nodes, and the nodes that are read in their place, by name.
 
     Raises QCompileError where a name is not in the program.
     """
@@ -35,15 +36,17 @@ class Slice:
         outputs: Iterable[str],
         device: torch.device | None = None,
         shared: dict[int, Tensor] | None = None,
+        instead: Mapping[str, str] | None = None,
     ) -> None:
         named = {node.name: node for node in program.graph.nodes}
         self.program, self.device = program, device
         self.inputs = {name: _known(named, name) for name in inputs}
         self.outputs = {name: _known(named, name) for name in outputs}
         given = set(self.inputs.values())
-        reached = _behind(self.outputs.values(), given)
+        self.instead = {_known(named, a): _known(named, b) for a, b in (instead or {}).items()}
+        reached = _behind(self.outputs.values(), given, self.instead)
         self.nodes = [n for n in program.graph.nodes if n in reached and n.op == "call_function"]
-        self.fixed = _from_weights(reached, self.nodes)
+        self.fixed = _from_weights(reached, self.nodes, self.instead)
         self.last_use = _last_uses(self.nodes, set(self.outputs.values()), self.fixed)
         self.feeds = [n for n in reached if n.op == "placeholder" and "weight" not in n.meta]
         self._constants: dict[fx.Node, Any] = {}
@@ -84,7 +87,9 @@ class Slice:
     def _constant(self, node: fx.Node) -> Any:
         """What a node of the fixed part holds; only what the rest reads is kept."""
         if node not in self._constants:
-            if "weight" in node.meta:
+            if node in self.instead:
+                value = self._constant(self.instead[node])
+            elif "weight" in node.meta:
                 value = self._weight(node)
             else:
                 value = self._call(node, self._constant)
@@ -121,7 +126,7 @@ def _known(named: Mapping[str, fx.Node], name: str) -> fx.Node:
     return named[name]
 
 
-def _behind(ends: Iterable[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
+def _behind(ends: Iterable[fx.Node], given: set[fx.Node], instead: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     """`ends` and all they are computed from, not looking behind what is given."""
     reached, waiting = set[fx.Node](), list(ends)
     while waiting:
@@ -130,15 +135,15 @@ def _behind(ends: Iterable[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
             continue
         reached.add(node)
         if node not in given:
-            waiting += node.all_input_nodes
+            waiting += [instead[node]] if node in instead else node.all_input_nodes
     return reached - given
 
 
-def _from_weights(reached: set[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+def _from_weights(reached: set[fx.Node], nodes: list[fx.Node], instead: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     """Nodes that weights alone decide."""
     fixed = {n for n in reached if n.op == "placeholder" and "weight" in n.meta}
     for node in nodes:
-        sources = node.all_input_nodes
+        sources = [instead[node]] if node in instead else node.all_input_nodes
         if sources and all(source in fixed for source in sources):
             fixed.add(node)
     return fixed

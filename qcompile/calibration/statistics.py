@@ -20,8 +20,8 @@ from torch import Tensor
 from qcompile.calibration.processes import Processes
 from qcompile.errors import QCompileError
 
-BLOCKS = 4
-"""A symmetric product is computed in this many strips, from the diagonal on: 5/8 of the whole."""
+STRIPS, STRIP = 8, 256
+"""A symmetric product is computed in so many strips, 9/16 of the whole, or in fewer that are at least so wide."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Gram:
 def add_gram(sums: Tensor, rows: Tensor) -> None:
     """``sums += rowsᵀ rows``, the part above the diagonal strips filled in from below."""
     size = rows.shape[1]
-    edges = [size * i // BLOCKS for i in range(BLOCKS + 1)]
+    count = max(1, min(STRIPS, size // STRIP))
+    edges = [size * i // count for i in range(count + 1)]
     for low, high in itertools.pairwise(edges):
         strip = rows[:, low:high].T @ rows[:, :high]
         sums[low:high, :high] += strip

@@ -63,6 +63,12 @@ class Worker(ABC):
     needs_quantized: bool = True
     needs_float: bool = False
 
+    def waiting(self) -> dict[str, str]:
+        """Nodes of the program that hold what a weight will be rounded to, and the node of the weight: what is read in
+        its place until then.
+        """
+        return {}
+
     @abstractmethod
     def targets(self) -> Sequence[Target]:
         """The places it looks at, as nodes of the float copy."""

@@ -24,12 +24,16 @@ class Accumulator:
     which projects the tile's weights, less their mean, onto the ℓ1 ball of radius (2^bits - 2) / (input_max -
     input_min); then codes are clamped to what is left of the tile's positive and negative budget, which makes overflow
     impossible. Both count as error, which later columns make up for.
+
+    `widen`: scales are first made larger where weights over them would not fit the budget, which costs far less than
+    cutting codes off; not in the paper.
     """
 
     bits: int = 16
     tile: int = 128
     input_min: int = -128
     input_max: int = 127
+    widen: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 48 or self.tile < 1:
@@ -41,6 +45,11 @@ class Accumulator:
     def limit(self) -> int:
         """The largest magnitude of a sum."""
         return (1 << (self.bits - 1)) - 1
+
+    @property
+    def radius(self) -> float:
+        """What magnitudes of a tile's codes may add up to where negative and positive ones are alike."""
+        return 2 * self.limit / (self.input_max - self.input_min)
 
     def tile_of(self, inputs: int, device: torch.device) -> Tensor:
         """The tile that each input column is in; the last may be short."""
@@ -82,6 +91,16 @@ def prove(codes: Tensor, accumulator: Accumulator) -> Proof:
     return Proof(str(accumulator), rows, tiles, highest, lowest, accumulator.limit)
 
 
+def widening(columns: Tensor, grid: Grid, accumulator: Accumulator) -> Tensor:
+    """[groups, out] ≥ 1: how much larger scales must be for Wᵀ `columns` [in, out] to fit every tile's budget."""
+    groups, (rows, _) = len(grid.steps), grid.stored.scales
+    codes = (columns / grid.steps[grid.group_of]).abs()
+    sums = torch.stack([part.sum(0) for part in codes.split(accumulator.tile)])
+    most = (sums.view(groups, -1, sums.shape[1]) if groups > 1 else sums.unsqueeze(0)).amax(1)
+    shared = most.view(groups, rows, -1).amax(2, keepdim=True)  # rows that have one scale
+    return (shared.expand(groups, rows, columns.shape[1] // rows).reshape(most.shape) / accumulator.radius).clamp(min=1)
+
+
 class BoundedGrid:
     """A grid whose codes are kept within an accumulator's budget; use one for one recursion."""
 
@@ -102,10 +121,9 @@ class BoundedGrid:
         tile = accumulator.tile_of(inputs, columns.device)
         self._tiles: list[int] = tile.tolist()
         codes = (columns / grid.steps[grid.group_of]).t()
-        radius = 2 * accumulator.limit / (accumulator.input_max - accumulator.input_min)
         parts = torch.split(codes, accumulator.tile, dim=1)
         centred = [(part - part.mean(1, keepdim=True)).abs() for part in parts]
-        self._softening = torch.stack([l1_threshold(part, radius) for part in centred])
+        self._softening = torch.stack([l1_threshold(part, accumulator.radius) for part in centred])
         self._positive = torch.zeros(len(parts), rows, dtype=torch.int64, device=columns.device)
         self._negative = torch.zeros_like(self._positive)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompile.errors import QCompileError
 from qcompile.numerics.fit import work_dtype
 from qcompile.numerics.qtensor import QTensor
-from qcompile.rounding.axe import Accumulator, BoundedGrid, Proof, prove
+from qcompile.rounding.axe import Accumulator, BoundedGrid, Proof, prove, widening
 from qcompile.rounding.clip import AwqClip
 from qcompile.rounding.factor import Factored, Factors
 from qcompile.rounding.figures import Figures, dot, quadratic
@@ -23,6 +23,9 @@ from qcompile.rounding.recursion import recurse
 from qcompile.rounding.running import RunningGrid
 
 AnyGrid: TypeAlias = Grid | RunningGrid | BoundedGrid
+COUNTED = 256
+"""About how many outputs of a large matrix its errors are counted over."""
+
 Groups: TypeAlias = Literal["static", "running"]
 
 
@@ -78,7 +81,8 @@ def round_matrix(
 
     `safe`: where the error is above that of rounding to nearest, that result is kept, and the figures say so; the error
     is ΔW's on X̂, and WX - ŴX̂ for a method that follows the float stream and has its cross terms. Where no input ever
-    came in, the result is that of rounding to nearest. Raises QCompileError where statistics do not fit the weight or
+    came in, the result is that of rounding to nearest. Errors are counted over about `COUNTED` outputs, evenly spread,
+    and over all of them where that leaves a doubt. Raises QCompileError where statistics do not fit the weight or
     the method, where options do not fit each other, where something holds nan, or where H has no factorisation.
     """
     work = work_dtype(weight)
@@ -88,12 +92,15 @@ def round_matrix(
     columns = weight.to(work).t().contiguous()
     plain = Grid.fit(columns.t(), stored, outer)
     found, nearest = job.solved(columns, plain), job.nearest(columns, plain)
-    costs = _Costs.of(columns, job.sums, statistics.power, method.follows_float)
+    costs = _Costs.of(columns, job.sums, statistics.power, method.follows_float, max(1, columns.shape[1] // COUNTED))
     before = costs.at(nearest.values)
     after = before
     fell_back: str | None = "no input came in"
     if found is not None:
         after, fell_back = costs.at(found.values), None
+        if safe and costs.step > 1 and not _clearly_less(after[costs.deciding], before[costs.deciding]):
+            costs = _Costs.of(columns, job.sums, statistics.power, method.follows_float, 1)
+            before, after = costs.at(nearest.values), costs.at(found.values)
         if safe and not after[costs.deciding] <= before[costs.deciding]:
             fell_back = f"error {after[costs.deciding]:.4g} above {before[costs.deciding]:.4g} of rounding to nearest"
     if found is None or (safe and fell_back is not None):
@@ -104,6 +111,11 @@ def round_matrix(
     if proof is not None and not proof.holds:
         raise QCompileError(f"{stored.spec}: codes can overflow {accumulator}: {proof}; report this")
     return Rounded(result, found.values.t(), figures, proof)
+
+
+def _clearly_less(after: float, before: float) -> bool:
+    """Whether an error that was counted over some outputs is less over all of them beyond doubt."""
+    return after < before - 0.1 * abs(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +151,7 @@ class _Job:
         if self.accumulator is None:
             return _Solution(grid.round(columns, slice(None)), grid, None)
         values = torch.empty_like(columns)
-        bounded = BoundedGrid(grid, self.accumulator, columns)
+        bounded = self._bounded(columns, columns, grid, self.accumulator)
         for j, row in enumerate(columns):
             bounded.column(row, j, values[j])
         return _Solution(values, grid, None)
@@ -172,7 +184,15 @@ class _Job:
         if self.clip is not None:
             seen, known = self.clip.ranges(columns, self.sums.hessian, self.stored, self.outer), None
         grid = known or Grid.fit(seen.t(), self.stored, self.outer)
-        return grid if self.accumulator is None else BoundedGrid(grid, self.accumulator, columns)
+        return grid if self.accumulator is None else self._bounded(columns, seen, grid, self.accumulator)
+
+    def _bounded(self, columns: Tensor, seen: Tensor, grid: Grid, accumulator: Accumulator) -> BoundedGrid:
+        """`grid`, which was fitted to `seen`, within the accumulator's bound."""
+        if accumulator.widen:
+            wider = widening(columns, grid, accumulator)
+            if bool((wider > 1).any()):
+                grid = Grid.fit((seen * wider[grid.group_of]).t(), self.stored, self.outer)
+        return BoundedGrid(grid, accumulator, columns)
 
 
 def _figures(
@@ -225,17 +245,20 @@ class _Costs:
     pull: Tensor | None  # (H - G) Wᵀ [in, out]
     power: float | None
     deciding: int
+    step: int
 
     @classmethod
-    def of(cls, columns: Tensor, sums: Sums, power: Tensor | None, follows_float: bool) -> _Costs:
+    def of(cls, columns: Tensor, sums: Sums, power: Tensor | None, follows_float: bool, step: int) -> _Costs:
+        """Costs over every `step`-th output: rows of a weight are problems of their own."""
+        columns = columns[:, ::step].contiguous()
         pull = None if sums.cross is None else (sums.hessian - sums.cross) @ columns
-        total = None if power is None else float(power.sum(dtype=torch.float64))
+        total = None if power is None else float(power[::step].sum(dtype=torch.float64))
         deciding = int(follows_float and pull is not None)
-        return cls(columns, sums, quadratic(columns, sums.hessian), pull, total, deciding)
+        return cls(columns, sums, quadratic(columns, sums.hessian), pull, total, deciding, step)
 
     def at(self, values: Tensor) -> tuple[float, float]:
         """The loss, and the gap (the loss again where no cross terms are known)."""
-        wrong = values - self.columns
+        wrong = values[:, :: self.step] - self.columns
         loss = quadratic(wrong, self.sums.hessian)
         gap = loss if self.pull is None else loss + 2 * dot(wrong, self.pull)
         unit = self.energy or 1.0

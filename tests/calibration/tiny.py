@@ -99,13 +99,25 @@ def slowly(
     float_program = without_rounding(program)
     groups = list(together) or [[program.key(mark.source)] for mark in weight_qdq(program)]
     for group in groups:
-        found = [_statistics(program, float_program, key, batches, method, propagate) for key in group]
+        shown = _unrounded(program, group) if together else program
+        found = [_statistics(shown, float_program, key, batches, method, propagate) for key in group]
         for key, statistics in zip(group, found, strict=True):
             mark = next(m for m in weight_qdq(program) if program.key(m.source) == key)
             weight = program.weights[key]
             stored = Stored(mark.spec, tuple(weight.shape), 0, 1)
             result = round_matrix(weight, stored, statistics, method).result
             store_codes(program, mark, weight, result, Report())
+
+
+def _unrounded(program: Program, keys: Sequence[str]) -> Program:
+    """A copy in which these weights are read as they are."""
+    copy = program.clone()
+    for mark in weight_qdq(copy):
+        if copy.key(mark.source) in keys:
+            for node in mark.dequantize:
+                copy.replace(node, mark.source)
+    copy.refresh()
+    return copy
 
 
 def _statistics(

@@ -109,3 +109,20 @@ def test_accumulators_that_make_no_sense() -> None:
         Accumulator(input_min=1, input_max=5)
     with pytest.raises(QCompileError, match="2 to 48 bits"):
         Accumulator(bits=1)
+
+
+@pytest.mark.parametrize("spec", ["int4 sym channel", "int4 sym tensor", "int4 sym group=32"])
+def test_wider_scales_cost_less_than_codes_cut_off(spec: str) -> None:
+    case = layer(rows=24, columns=64)
+    stored = Stored.plain(QuantSpec.parse(spec), case.weight)
+    found = {}
+    for widen in (False, True):
+        bound = Accumulator(bits=12, tile=32, widen=widen)
+        rounded = round_matrix(case.weight, stored, case.statistics, GPTQ(order="act"), accumulator=bound)
+        assert rounded.proof is not None
+        assert rounded.proof.holds
+        found[widen] = rounded.figures.loss
+    assert found[True] < 0.5 * found[False]
+    loose = Accumulator(bits=20, tile=32, widen=True)  # nothing to widen
+    same = round_matrix(case.weight, stored, case.statistics, GPTQ(order="act"), accumulator=loose).result
+    assert torch.equal(same.codes, round_matrix(case.weight, stored, case.statistics, GPTQ(order="act")).result.codes)
