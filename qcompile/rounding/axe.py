@@ -95,7 +95,7 @@ def widening(columns: Tensor, grid: Grid, accumulator: Accumulator) -> Tensor:
     """[groups, out] ≥ 1: how much larger scales must be for Wᵀ `columns` [in, out] to fit every tile's budget."""
     groups, (rows, _) = len(grid.steps), grid.stored.scales
     codes = (columns / grid.steps[grid.group_of]).abs()
-    sums = torch.stack([part.sum(0) for part in codes.split(accumulator.tile)])
+    sums = torch.stack([part.sum(0) for part in torch.split(codes, accumulator.tile)])
     most = (sums.view(groups, -1, sums.shape[1]) if groups > 1 else sums.unsqueeze(0)).amax(1)
     shared = most.view(groups, rows, -1).amax(2, keepdim=True)  # rows that have one scale
     return (shared.expand(groups, rows, columns.shape[1] // rows).reshape(most.shape) / accumulator.radius).clamp(min=1)
