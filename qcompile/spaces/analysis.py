@@ -184,12 +184,15 @@ def _ends(walk: Walk) -> None:
 def _foreign(walk: Walk, skipped: set[fx.Node]) -> None:
     """A matrix that something else reads too, or reads in another way, must stay."""
     products = {*walk.contractions, *walk.embeddings}
+    known = {
+        (use.weight, use.node) for use in walk.uses
+    }  # a product that stops all channels says nothing of its weight
     for use in list(walk.uses):
         if use.weight is None or use.node not in products:
             continue
         path = walk.contractions[use.node].path if use.node in walk.contractions else walk.embeddings[use.node].path
         readers = [user for n in (use.weight, *path) for user in n.users]
-        others = [u for u in readers if u not in products and u not in skipped]
+        others = [u for u in readers if u not in skipped and (u not in products or (use.weight, u) not in known)]
         if others:
             event = walk.wires.event(others[0], f"reads the weight {walk.program.key(use.weight)!r} as well")
             walk.wires.limit(EVERY, use.ids, event)

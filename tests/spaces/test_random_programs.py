@@ -43,6 +43,18 @@ def _program(seed: int) -> Program:
     return random_program(seed)
 
 
+MET = {
+    5370: "raise-norms, permute",  # a gain that a norm reads of which no channels are known
+    20220: "raise-norms, center-norm",  # a table that a product reads of which no channels are known
+}
+"""Programs that a pass once got wrong."""
+
+
+@pytest.mark.parametrize("seed", MET)
+def test_what_went_wrong_once(seed: int) -> None:
+    check(_program(seed), MET[seed])
+
+
 @pytest.mark.parametrize("seed", range(COUNT))
 def test_no_pass_changes_the_function(seed: int) -> None:
     for turn in range(min(EACH, len(PIPELINES))):
