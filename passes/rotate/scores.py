@@ -7,6 +7,8 @@ Exact. Keys are rotated before they go into the cache, where they are then store
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import fx
 
@@ -55,16 +57,49 @@ def _unfit(operand: Operand) -> str | None:
 
 
 def _insert(program: Program, operand: Operand, order: int, size: int, pasts: set[fx.Node]) -> None:
-    """Rotate what an operand is moved from; other readers of it keep reading it as it was.
+    """Rotate what an operand is moved from; other readers of it, and of what it is moved to, keep reading it as it was.
 
     New tokens are rotated before they go into a cache that nothing else reads: then each is rotated once.
     """
-    source = operand.source
+    source, alone = operand.source, _alone(operand)
     follower = operand.path[0] if operand.path else operand.reader
     parts = program.arg(source, "tensors") if source.target is aten.cat.default else []
     new = [part for part in parts if part not in pasts]
-    if len(parts) == 2 and len(new) == 1 and all(user is follower or user.op == "output" for user in source.users):
+    cached = len(parts) == 2 and len(new) == 1 and all(user is follower or user.op == "output" for user in source.users)
+    if alone and cached:
         follower, source = source, new[0]
     online = program.call(TRANSFORM, (source, order, size), after=source, module=program.module_of(operand.reader))
-    follower.replace_input_with(source, online)
+    if alone:
+        follower.replace_input_with(source, online)
+    else:
+        _reread(program, operand, online)
     let_reshape(program, online)
+
+
+def _alone(operand: Operand) -> bool:
+    """Whether all that is moved on the way to an operand goes to it alone."""
+    steps = [*operand.path, operand.reader]
+    shared = any(list(node.users) != [after] for node, after in itertools.pairwise(steps))
+    return not shared and _times(operand) == 1
+
+
+def _times(operand: Operand) -> int:
+    """How often the reader takes what it is given here."""
+    return sum(argument is operand.node for argument in (*operand.reader.args, *operand.reader.kwargs.values()))
+
+
+def _reread(program: Program, operand: Operand, online: fx.Node) -> None:
+    """Let the reader take its operand from `online`, by moves of its own."""
+    copies = {operand.source: online}
+    for node in operand.path:
+        args = fx.map_arg(node.args, lambda n: copies.get(n, n))
+        kwargs = dict(fx.map_arg(node.kwargs, lambda n: copies.get(n, n)))
+        module = program.module_of(node)
+        copies[node] = program.call(node.target, args, kwargs, before=operand.reader, module=module)  # type: ignore[arg-type]
+    last = copies[operand.node]
+    if operand.index is None:
+        program.set_arg(operand.reader, operand.argument, last)
+        return
+    listed = list(program.arg(operand.reader, operand.argument))
+    listed[operand.index] = last
+    program.set_arg(operand.reader, operand.argument, listed)
