@@ -83,7 +83,7 @@ def _unfit(program: Program, norm: fx.Node, found: Embedding | None, x: fx.Node)
 
 def _fold(program: Program, norm: fx.Node, found: Embedding, report: Report) -> None:
     normalise = _normaliser(program, norm, found.node.meta["val"].dtype)
-    table = found.weight
+    table = program.arg(found.node, "weight")  # parted from other readers by an earlier norm, perhaps
     if len(table.users) > 1:
         table = part_weight(program, table, [found.node], report)
     program.edit_weight(table, AlongAxis(found.axis_features, normalise))

@@ -46,6 +46,7 @@ def _program(seed: int) -> Program:
 MET = {
     5370: "raise-norms, permute",  # a gain that a norm reads of which no channels are known
     30059: "raise-norms, fold-embedding-norm, fold-norm-affine, center-norm, rotate(qk=true, orphans=true)",  # q is v
+    30551: "raise-norms, fold-embedding-norm",  # two norms behind a table that is tied
     20220: "raise-norms, center-norm",  # a table that a product reads of which no channels are known
 }
 """Programs that a pass once got wrong."""
