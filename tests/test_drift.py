@@ -189,7 +189,7 @@ def test_bisect_on_the_command_line(
         monkeypatch.setitem(PASSES, cls.name, cls)
     (tmp_path / "p.qir").write_text(TEXT)
     run_bisect(
-        str(tmp_path / "p.qir"), "rotate-values, rotate-values(seed=3), rotate-returned", 1e-8, None, as_json=True
+        str(tmp_path / "p.qir"), "rotate-values, rotate-values(seed=3), rotate-returned", 1e-8, None, [], as_json=True
     )
     assert json.loads(capsys.readouterr().out)["culprit"] == "rotate-returned"
 
