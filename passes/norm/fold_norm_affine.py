@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.bias import add_to_bias
 from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.edits import AlongAxis
 from qcompile.ir.moves import moved
@@ -28,6 +29,7 @@ from qcompile.pass_base import Pass, Report, place, register
 from qcompile.passes.norm.affine import NORMS, affine, computed, tell
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space, channel_spaces
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.wires import Ids
 
 aten = torch.ops.aten
 _SMALLEST = 1e-6  # of the largest gain: what is divided by less would grow out of proportion
@@ -113,7 +115,8 @@ def _fold(
         program.edit_weight(shift, AlongAxis(0, _Divided(gain)))  # n·γ + β = (n + β/γ)·γ
     for sink in space.sinks:
         if shift is not None and goes:
-            _add_to_bias(program, products[sink.node], program.weight(shift), sink.positions[0])
+            c = products[sink.node]
+            add_to_bias(program, c, _shift_of(program, c, program.weight(shift), sink.positions[0]))
         if vectors[0] not in lent:
             edits.multiply(sink, gain)
     for norm in norms:
@@ -169,31 +172,7 @@ def _unfit(
     return None
 
 
-def _add_to_bias(program: Program, c: Contraction, shift: Tensor, positions: object) -> None:
-    """b ← b + W·β, computed in float64 and rounded once."""
-    import numpy as np
-
+def _shift_of(program: Program, c: Contraction, shift: Tensor, positions: Ids) -> Tensor:
+    """W·β ``[output features]``, float64."""
     weight = program.weight(c.weight).double().movedim(c.axis_in, -1)
-    index = torch.from_numpy(np.asarray(positions))
-    extra = weight[..., index] @ shift.double()
-    dtype = c.weight.meta["val"].dtype
-    names = {a.name for a in c.node.target._schema.arguments}  # type: ignore[union-attr]
-    name = "bias" if "bias" in names else "self" if c.op == "addmm" else None
-    held = program.arg(c.node, name) if name is not None else None
-    if isinstance(held, fx.Node) and program.is_weight(held) and len(held.users) == 1:
-        old = program.weight(held)
-        program.set_weight(held, (old.double() + extra).to(old.dtype))
-        return
-    key = f"{program.key(c.weight)}.bias"
-    while key in program.weights:
-        key += "_"
-    bias = program.add_weight(key, extra.to(dtype), module=program.module_of(c.node))
-    if name == "bias" and held is None:
-        program.set_arg(c.node, name, bias)
-        return
-    users = list(c.node.users)
-    shape = [-1] + [1] * (len(c.node.meta["val"].shape) - 1 - c.output_axis)
-    wide = bias if len(shape) == 1 else program.call(aten.view.default, (bias, shape), after=c.node)
-    added = program.call(aten.add.Tensor, (c.node, wide), after=wide if wide is not bias else c.node)
-    for user in users:
-        user.replace_input_with(c.node, added)
+    return weight[..., torch.from_numpy(positions)] @ shift.double()

@@ -51,7 +51,7 @@ class InjectStreamOutliers(CalibratedPass):
         _tell_left_alone(spaces, streams, report)
         reads = {space: _reads(program, space) for space in streams}
         moments = {place: SecondMoment() for found in reads.values() for place in found}
-        watch(program, moments, batches)
+        watch(program, moments, batches, report)
         edits = Edits(spaces, report)
         for space, found in reads.items():
             if not found:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompile.calibration.chain import Stage, Target
 from qcompile.calibration.processes import Processes
@@ -21,6 +21,7 @@ from qcompile.calibration.statistics import Collector, Seen, Want
 from qcompile.calibration.worker import SegmentPass, Setup, Solved, Worker
 from qcompile.data.padding import Padding
 from qcompile.errors import RecipeError
+from qcompile.ir.bias import add_to_bias, bias_argument
 from qcompile.ir.contractions import Contraction, find_contractions
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report, register
@@ -134,7 +135,7 @@ class BiasWorker(Worker):
         """Add it."""
         for number, gain in solved.tensors.items():
             c, _, key = self.places[int(number)]
-            what = _add_to_bias(self.setup.program, c, key, gain)
+            what = add_to_bias(self.setup.program, c, gain)
             self.report.rewrote(c.node, what)
             self.report.measure(key, {"bias_moved": float(gain.square().mean().sqrt())})
 
@@ -158,35 +159,10 @@ def _obstacle(program: Program, c: Contraction, plain: Mapping[str, Contraction]
         return "it is no product with a weight in the float program"
     if c.experts is not None:
         return "experts have no bias of their own to correct"
-    name = _bias_argument(c)
+    name = bias_argument(c)
     if name is None:
         return f"{c.op} takes no bias"
     held = program.arg(c.node, name)
     if isinstance(held, fx.Node) and (not program.is_weight(held) or len(held.users) > 1):
         return f"its bias {held.name} is computed or shared"
     return None
-
-
-def _bias_argument(c: Contraction) -> str | None:
-    """The schema name of its bias."""
-    names = {a.name for a in c.node.target._schema.arguments}  # type: ignore[union-attr]
-    return "bias" if "bias" in names else "self" if c.op == "addmm" else None
-
-
-def _add_to_bias(program: Program, c: Contraction, key: str, gain: Tensor) -> str:
-    """Add `gain` to a bias, or add a bias; says which."""
-    name = _bias_argument(c)
-    assert name is not None
-    held = program.arg(c.node, name)
-    if isinstance(held, fx.Node):
-        old = program.weight(held)
-        program.set_weight(held, (old.double() + gain.expand_as(old)).to(old.dtype))
-        return f"{program.key(held)}: corrected"
-    stem = free = f"{key.removesuffix('.weight')}.bias"
-    count = 1
-    while free in program.weights:
-        count += 1
-        free = f"{stem}_{count}"
-    dtype = c.node.meta["val"].dtype
-    program.set_arg(c.node, name, program.add_weight(free, gain.to(dtype), module=program.module_of(c.node)))
-    return f"{free}: added"

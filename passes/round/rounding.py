@@ -162,6 +162,9 @@ class RoundingWorker(Worker):
             self.report.skip(place.key, f"rounded to nearest: {place.left or 'no stage reached it'}{unbounded}")
         if not self.places:
             self.report.note("no weight is marked for rounding; insert-qdq, before this pass, marks them")
+        for padding in (self.setup.padding, self.setup.padding_float):
+            for note in padding.notes():
+                self.report.note(note)
         return self.report
 
     def _here(self, stage: Stage) -> list[tuple[Place, list[InputWant]]]:

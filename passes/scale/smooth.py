@@ -67,7 +67,7 @@ class Smooth(CalibratedPass):
         alphas = choose_alphas(program, self.alpha, self.rules, self.roles)
         reasons, spaces = dict(alphas.reasons), channel_spaces(program)
         peaks = {(c.input, c.input_axis): Peaks() for c in products if c.node in alphas.of}
-        tokens = watch(program, peaks, batches)
+        tokens = watch(program, peaks, batches, report)
         report.note(f"{len(peaks)} activations watched over {tokens} tokens")
         chosen = [(s, a) for s in scalable(program, spaces, reasons) if (a := _alpha(s, alphas)) is not None]
         edits = Edits(spaces, report)

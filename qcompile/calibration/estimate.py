@@ -177,7 +177,7 @@ class _Account:
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "collect": 0.0, "solve": 0.0})
     stages: list[float] = field(default_factory=list)
 
-    def hold(self, moment: str, **parts: int) -> None:
+    def hold(self, moment: str, parts: Mapping[str, int]) -> None:
         """These are held at once."""
         total = self.process + sum(parts.values())
         self.most |= Counter(parts)  # the larger of the two, by part
@@ -218,25 +218,20 @@ class _Estimator:
         names = self._read(wants)
         weights, running = self._run(stage.starts, names, "collect", account)
         scratch = max((self._width(w) ** 2 * 4 for w in sums), default=0)
-        account.hold(
-            f"collecting {where}",
-            codes=self.codes,
-            values=kept,
-            weights=weights,
-            hessians=hessians,
-            running=running + scratch,
-        )
+        parts = {"codes": self.codes, "values": kept, "weights": weights, "hessians": hessians}
+        account.hold(f"collecting {where}", parts | {"running": running + scratch})
         account.seconds["collect"] += sum(seconds for _, seconds in sums.values())
         here = self._solve(stage, account)
         settled = sum(self._settled(w) for w in sums)
         solving = max((m.bytes for m in here), default=0)
-        account.hold(f"solving {where}", codes=self.codes, values=kept, hessians=settled, solving=solving)
+        parts = {"codes": self.codes, "values": kept, "hessians": settled, "solving": solving}
+        account.hold(f"solving {where}", parts)
         if number + 1 < len(self.engine.chain.stages):
             after, spilled = self._values(stage.ends)
             account.spilled = max(account.spilled, spilled)
             weights, running = self._run(stage.starts, [stage.ends] * len(self.streams), "forward", account)
-            parts = {"values": max(kept, after), "weights": weights, "running": running}
-            account.hold(f"running {where}", codes=self.codes, **parts)
+            parts = {"codes": self.codes, "values": max(kept, after), "weights": weights, "running": running}
+            account.hold(f"running {where}", parts)
 
     def _run(self, starts: Sequence[str], names: list[Sequence[str]], phase: str, account: _Account) -> tuple[int, int]:
         """Bytes of weights and of one batch; the seconds are added to those of the phase."""

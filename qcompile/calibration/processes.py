@@ -75,19 +75,11 @@ class Processes:
 
     def largest(self, value: int) -> int:
         """The largest over all processes."""
-        found: list[int] = [value]
-        if self.size > 1:
-            found = [0] * self.size
-            dist.all_gather_object(found, value)
-        return max(found)
+        return max([value, *self.others(value)])
 
     def union(self, values: Sequence[int]) -> list[int]:
         """What any process has, sorted."""
-        found: list[Sequence[int]] = [values]
-        if self.size > 1:
-            found = [[] for _ in range(self.size)]
-            dist.all_gather_object(found, list(values))
-        return sorted({value for each in found for value in each})
+        return sorted({value for each in [values, *self.others(values)] for value in each})
 
     def deal(self, jobs: Sequence[Job]) -> list[Result]:
         """Every job's result, in the order of the jobs; the costliest are dealt first, each to who has least to do."""

@@ -207,22 +207,35 @@ def load_passages(
         mask = None if found.mask is None else found.mask[:limit, :length]
         passages = Passages.of(Batches(found.tokens[:limit, :length], source=name, mask=mask))
     else:
-        fallback = _model_bos(program)
-        if bos is None:
-            bos = "none" if (reader is None or reader.bos_token_id is None) and fallback is None else "sequence"
-        before = bos_token(bos, reader, fallback)
         documents: Iterable[Document] = [found.tokens.tolist()] if isinstance(found, Rows) else found
-        if mode == "documents":
-            passages = separate(documents, reader, length, before, limit, name)
-        else:
-            first = before if bos == "sequence" else []
-            # one window more than asked for, or a limit would change what the last one holds
-            enough = None if limit is None else (limit + 1) * length
-            text = stream(documents, reader, before if bos == "document" else [], enough)
-            passages = strided(text, length, stride or length - len(first), first, limit, name)
+        passages = _read(documents, reader, length, mode == "documents", stride, limit, bos, _model_bos(program), name)
     for ids in passages.sequences:
         _check_tokens(ids, program, name)
     return passages
+
+
+def _read(
+    documents: Iterable[Document],
+    reader: Tokenizer | None,
+    length: int,
+    apart: bool,
+    stride: int | None,
+    limit: int | None,
+    bos: Bos | None,
+    fallback: int | None,
+    name: str,
+) -> Passages:
+    """Passages of documents, each `apart` from the others or all joined."""
+    if bos is None:
+        bos = "none" if (reader is None or reader.bos_token_id is None) and fallback is None else "sequence"
+    before = bos_token(bos, reader, fallback)
+    if apart:
+        return separate(documents, reader, length, before, limit, name)
+    first = before if bos == "sequence" else []
+    # one window more than asked for, or a limit would change what the last one holds
+    enough = None if limit is None else (limit + 1) * length
+    text = stream(documents, reader, before if bos == "document" else [], enough)
+    return strided(text, length, stride or length - len(first), first, limit, name)
 
 
 def _open(source: Source, how: _How, evaluation: bool) -> tuple[Rows | Named | Iterable[Document], str]:

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
-from qcompile import capture, run_passes
-from qcompile.capture.dtypes import widen
+from qcompile import run_passes
 from qcompile.ir.contractions import find_contractions
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill, run
-from qcompile.zoo import path
 
 
-@cache
-def _folded(name: str) -> Program:
-    program = capture(path(name), dtype=torch.float64)
-    widen(program)
-    run_passes(program, "raise-norms")
-    generator = torch.Generator().manual_seed(5)
-    for node in program.weight_nodes:
-        if node.meta["val"].ndim == 1 and node.meta["val"].dtype == torch.float64:  # gains and biases
-            weight = program.weight(node)
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            program.set_weight(node, weight + 0.3 * weight.abs().mean() * noise)
-    run_passes(program, "fold-norm-affine, center-norm")
-    return program
-
-
-@pytest.fixture
-def folded() -> Callable[[str], Program]:
+@pytest.fixture(scope="session")
+def folded(embedded: Callable[[str], Program]) -> Callable[[str], Program]:
     """A fresh copy of an embedded model in float64, gains and biases away from where they were, norms folded."""
-    return lambda name: _folded(name).clone()
+    made: dict[str, Program] = {}
+
+    def make(name: str) -> Program:
+        if name not in made:
+            made[name] = embedded(name)
+            run_passes(made[name], "fold-norm-affine, center-norm")
+        return made[name].clone()
+
+    return make
 
 
 @pytest.fixture

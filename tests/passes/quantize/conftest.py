@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -47,7 +47,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def cached_decoder() -> Callable[..., tuple[torch.nn.Module, Program]]:
+def cached_decoder(
+    random_decoder: Callable[[str, Mapping[str, Any]], torch.nn.Module],
+) -> Callable[..., tuple[torch.nn.Module, Program]]:
     """Architecture (and dtype) → a model and its program, a fresh copy, of the same steps; the model is shared.
 
     In float64 an attention whose softmax is float32 takes no padding: its masks become infinite there.
@@ -56,25 +58,9 @@ def cached_decoder() -> Callable[..., tuple[torch.nn.Module, Program]]:
 
     def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Program]:
         if (name, dtype) not in made:
-            model = _model(name).to(dtype)
+            model = random_decoder(name, ARCHITECTURES[name]).to(dtype)
             made[name, dtype] = model, capture(model)
         model, program = made[name, dtype]
         return model, program.clone()
 
     return make
-
-
-def _model(name: str) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **tokens, **ARCHITECTURES[name]))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # gains of 1 and biases of 0 hide errors
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "embed" not in key:
-                parameter.mul_(3)  # so that attention tells tokens apart
-    model.set_experts_implementation("batched_mm")  # the default has no float64
-    return model.eval()  # type: ignore[no-any-return]

@@ -31,13 +31,13 @@ DATA = torch.randint(0, 64, (16, 24), generator=torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[[str], Program]:
+def tiny(random_decoder: Callable[[str, Mapping[str, Any]], torch.nn.Module]) -> Callable[[str], Program]:
     """Architecture → its program, a fresh copy."""
     made: dict[str, Program] = {}
 
     def make(name: str) -> Program:
         if name not in made:
-            made[name] = capture(_model(name))
+            made[name] = capture(random_decoder(name, ARCHITECTURES[name]))
         return made[name].clone()
 
     return make
@@ -66,19 +66,3 @@ def compiled(tiny: Callable[[str], Program]) -> Compiled:
         return made[key]
 
     return make
-
-
-def _model(name: str) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **tokens, **ARCHITECTURES[name]))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # gains of 1 and biases of 0 hide errors
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "embed" not in key:
-                parameter.mul_(3)
-    model.set_experts_implementation("batched_mm")
-    return model.eval()  # type: ignore[no-any-return]
