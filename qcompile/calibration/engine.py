@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from qcompile.pass_base import Report
 from qcompile.passes.quantize.plain import without_rounding
 from qcompile.progress import track
 
+PORTION = 1024
+"""Tokens that are run at once, more where one sample has more."""
+
 
 def run_segments(
     program: Program,
@@ -53,7 +56,7 @@ def run_segments(
     the place and the sample.
     """
     setup = Setup(program, without_rounding(program), settings or Settings())
-    data = [dict(feeds(batch)) for batch in batches]
+    data = [part for batch in batches for part in _portions(feeds(batch))]
     if not any(t.numel() for batch in data for t in batch.values()):
         raise QCompileError("the calibration data has no tokens; give data= with at least one batch")
     processes = joined()
@@ -70,6 +73,17 @@ def run_segments(
     reports[0].notes += engine.notes()
     reports[0].measure("calibration", {**engine.figures(), **expected.figures(), "peak_bytes": peak_memory()})
     return reports
+
+
+def _portions(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A batch in parts of whole samples and about `PORTION` tokens: what is computed in between stays small enough for
+    an allocator to use the same memory again and again, and products are as fast as of more.
+    """
+    count = samples_of(batch)
+    longest = max((t.shape[1] for t in batch.values() if t.ndim == 2 and not t.is_floating_point()), default=1)
+    few = max(1, PORTION // longest)
+    for start in range(0, max(1, count), few):
+        yield {name: tensor[start : start + few] if tensor.ndim else tensor for name, tensor in batch.items()}
 
 
 @dataclass

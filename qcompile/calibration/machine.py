@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from qcompile.linalg import product
+
 _SIDE, _COPIED = 768, 16 << 20
 
 
@@ -28,9 +30,9 @@ def speed(threads: int, device: str | None = None) -> Speed:
     """Measured within 0.3 s, once for a number of threads (of torch, as they are set now) and a device."""
     here = torch.device(device or "cpu")
     a, b = torch.ones(_SIDE, _SIDE, device=here), torch.ones(_COPIED // 4, device=here)
-    product = _best(lambda: torch.mm(a, a), here)
+    squared = _best(lambda: product(a, a), here)
     added = _best(lambda: torch.add(b, 1.0), here)
-    return Speed(2 * _SIDE**3 / product, 2 * _COPIED / added)
+    return Speed(2 * _SIDE**3 / squared, 2 * _COPIED / added)
 
 
 def free_memory(device: str | None = None, proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -8,7 +8,7 @@ as the slice does. Masks, positions and rotary tables depend on inputs alone: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, fx
 
 from qcompile.errors import QCompileError
 from qcompile.ir.program import Program
+from qcompile.linalg import linear
+
+_FASTER: dict[Any, Callable[..., Any]] = {torch.ops.aten.linear.default: linear}
 
 
 class Slice:
@@ -79,7 +82,7 @@ class Slice:
         if self.device is not None and "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
         try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:
             error.add_note(f"in {node.format_node()} of module {self.program.module_of(node)!r}")
             raise

@@ -10,7 +10,7 @@ Sums are kept in float64, so that they do not depend on how batches are dealt ou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from qcompile.calibration.processes import Processes
 from qcompile.errors import QCompileError
+from qcompile.linalg import product
 
-STRIPS, STRIP = 8, 256
-"""A symmetric product is computed in so many strips, 9/16 of the whole, or in fewer that are at least so wide."""
+STRIPS, STRIP = 16, 256
+"""A symmetric product is computed in so many strips, 17/32 of the whole, or in fewer that are at least so wide."""
+_FEW = 128
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Want(Protocol):
 
 
 class Gram:
-    """H, G and the sums of x̂ and x, all float64, of rows ``[tokens, features]``; None before there are any."""
+    """H, G and the sums of x̂ and x, all float64, of rows ``[tokens, features]``; None before there are any.
+
+    Until it is settled, H is right up to and in its diagonal blocks only.
+    """
 
     def __init__(self) -> None:
         self.hessian: Tensor | None = None
@@ -85,18 +90,21 @@ class Gram:
         assert self.hessian is not None
         assert self.total is not None
         add_gram(self.hessian, rows)
-        self.total += rows.sum(0, dtype=torch.float64)
+        self.total += column_sums(rows)
         self.tokens += len(rows)
         if rows_float is not None:
             assert self.cross is not None
             assert self.total_float is not None
-            self.cross += rows.T @ rows_float
-            self.total_float += rows_float.sum(0, dtype=torch.float64)
+            self.cross += product(rows.T, rows_float)
+            self.total_float += column_sums(rows_float)
 
     def settle(self, dtype: torch.dtype) -> None:
-        """Keep H and G in what rounding computes with, float32 unless the inputs are float64: half the memory."""
+        """All has been added: fill in the upper half of H, and keep H and G in what rounding computes with, float32
+        unless the inputs are float64, which is half the memory.
+        """
         work = torch.float64 if dtype == torch.float64 else torch.float32
         if self.hessian is not None:
+            mirror(self.hessian)
             self.hessian = self.hessian.to(work)
         if self.cross is not None:
             self.cross = self.cross.to(work)
@@ -107,15 +115,26 @@ class Gram:
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """``sums += rowsᵀ rows``, the part above the diagonal strips filled in from below."""
-    size = rows.shape[1]
+    """``sums += rowsᵀ rows``, but for what stands above the strips' diagonal blocks; `mirror` fills that in."""
+    turned = rows.T.contiguous()
+    for low, high in _strips(len(sums)):
+        sums[low:high, :high] += product(turned[low:high], turned[:high].T)
+
+
+def mirror(sums: Tensor) -> None:
+    """Make what `add_gram` added up symmetric."""
+    for low, high in _strips(len(sums)):
+        sums[:low, low:high] = sums[low:high, :low].T
+
+
+def column_sums(rows: Tensor) -> Tensor:
+    """Sums over tokens, float64 ``[features]``: a few rows in their own dtype, those sums in float64."""
+    return torch.stack([few.sum(0) for few in torch.split(rows, _FEW)]).sum(0, dtype=torch.float64)
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
     count = max(1, min(STRIPS, size // STRIP))
-    edges = [size * i // count for i in range(count + 1)]
-    for low, high in itertools.pairwise(edges):
-        strip = rows[:, low:high].T @ rows[:, :high]
-        sums[low:high, :high] += strip
-        if low:
-            sums[:low, low:high] += strip[:, :low].T
+    return itertools.pairwise(size * i // count for i in range(count + 1))
 
 
 def check_finite(rows: Tensor, where: str, samples: range, mask: Tensor | None = None, in_order: bool = True) -> None:
@@ -126,7 +145,7 @@ def check_finite(rows: Tensor, where: str, samples: range, mask: Tensor | None =
         mask: bool ``[samples, length]``, where padding was left out of the rows.
         in_order: the rows are in the order of the samples; else all of them are named.
     """
-    if bool(torch.isfinite(rows.sum(dtype=torch.float64))) or bool(torch.isfinite(rows).all()):
+    if bool(torch.isfinite(rows.sum())) or bool(torch.isfinite(rows).all()):
         return
     row = int((~torch.isfinite(rows)).any(1).nonzero()[0])
     owners = torch.arange(len(samples)) if mask is None else mask.cpu().nonzero()[:, 0]

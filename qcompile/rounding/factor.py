@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError
+from qcompile.linalg import cholesky, solve_lower, solve_upper
 
 LEAST_RAISE = 1e-6
 """A failed factorisation is tried again with at least this damping, then ten times as much each time."""
@@ -22,7 +23,8 @@ MOST_DAMPING = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """`feedback` M [n, n], unit-diagonal part left out; `pivots` diag(R)² [n]; `dead` [n]: columns with H_jj = 0.
+    """`feedback` M [n, n], of which only what is below the diagonal counts; `pivots` diag(R)² [n]; `dead` [n]: columns
+    with H_jj = 0.
 
     `damping` is the one that worked, `tried` all of them in order, both in multiples of the mean live diagonal.
     """
@@ -36,10 +38,8 @@ class Factored:
 
     def solve(self, right: Tensor) -> Tensor:
         """(H + λI)⁻¹ `right`, for `right` [n, m]."""
-        inner = torch.linalg.solve_triangular(self.feedback.t(), right, upper=True, unitriangular=True)
-        inner.div_(self.pivots.unsqueeze(1))
-        solved: Tensor = torch.linalg.solve_triangular(self.feedback, inner, upper=False, unitriangular=True)
-        return solved
+        inner = solve_upper(self.feedback.t(), right, unit=True)
+        return solve_lower(self.feedback, inner.div_(self.pivots.unsqueeze(1)), unit=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +79,15 @@ def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factor
     while damping <= MOST_DAMPING:
         tried.append(damping)
         torch.add(plain, damping * unit, out=diagonal)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return _factored(lower, dead.flip(0), damping, damping * unit, tuple(tried))
+        upper, well = cholesky(flipped.clone())
+        if well and bool(torch.isfinite(upper.diagonal()).all()):
+            return _factored(upper, dead.flip(0), damping, damping * unit, tuple(tried))
         damping = max(LEAST_RAISE, 10 * damping)
     steps = ", ".join(f"{d:g}" for d in tried)
     raise QCompileError(f"the Hessian has no factorisation with damping {steps}; use more calibration data")
 
 
-def _factored(lower: Tensor, dead: Tensor, damping: float, ridge: float, tried: tuple[float, ...]) -> Factored:
-    diagonal = lower.diagonal().clone()
-    # LAPACK gives columns in a row, so the transpose is the one that lies in rows.
-    feedback = lower.t().div_(diagonal.unsqueeze(1)).flip(0, 1)
+def _factored(upper: Tensor, dead: Tensor, damping: float, ridge: float, tried: tuple[float, ...]) -> Factored:
+    diagonal = upper.diagonal().clone()
+    feedback = upper.div_(diagonal.unsqueeze(1)).flip(0, 1)
     return Factored(feedback, diagonal.square().flip(0), dead, ridge, damping, tried)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.linalg import product
+
 BLOCK = 256
 
 
@@ -42,16 +44,16 @@ def quadratic(columns: Tensor, symmetric: Tensor) -> float:
         stop = min(start + BLOCK, len(columns))
         here = columns[start:stop]
         # Twice what is left of the diagonal block, and that block once.
-        product = torch.mm(symmetric[start:stop, start:stop], here)
+        found = product(symmetric[start:stop, start:stop], here)
         if start:
-            product.addmm_(symmetric[start:stop, :start], columns[:start], alpha=2.0)
-        total += dot(here, product)
+            found.add_(product(symmetric[start:stop, :start], columns[:start]), alpha=2.0)
+        total += dot(here, found)
     return total
 
 
 def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> float:
     """tr(Lᵀ A R) for `left` and `right` [n, m] and `matrix` [n, n]. Summed in float64."""
-    return dot(left, matrix @ right)
+    return dot(left, product(matrix, right))
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from qcompile.linalg import product
 from qcompile.rounding.factor import Factored
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
@@ -39,7 +40,7 @@ class FloatTarget:
 
 def float_target(columns: Tensor, cross: Tensor, factored: Factored, toward: Toward) -> Tensor:
     """W*ᵀ [in, out] for Wᵀ `columns` [in, out] and G `cross` [in, in]; 0 where the input is dead."""
-    right = cross @ columns
+    right = product(cross, columns)
     if toward == "weight":
         right.add_(columns, alpha=factored.ridge)
     found = factored.solve(right)

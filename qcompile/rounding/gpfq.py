@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qcompile.linalg import product
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
 
@@ -34,5 +35,5 @@ class GPFQ:
         living = sums.alive(columns)
         base = living
         if sums.cross is not None:
-            base = torch.addmm(living, (sums.cross - sums.hessian).tril_().mul_(inverse), columns)
+            base = living + product((sums.cross - sums.hessian).tril_().mul_(inverse), columns)
         return Problem(base, living, sums.hessian.tril(-1).mul_(inverse), None)

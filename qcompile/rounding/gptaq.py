@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from qcompile.linalg import solve_lower, solve_upper
 from qcompile.rounding.method import Problem, Sums
 from qcompile.rounding.order import Order
 
@@ -37,10 +37,10 @@ class GPTAQ:
         """See `Method`."""
         factored = sums.factor(self.damping)
         moved = sums.needed_cross(self) - sums.hessian
-        shift = torch.linalg.solve_triangular(factored.feedback.t(), moved, upper=True, unitriangular=True)
+        shift = solve_upper(factored.feedback.t(), moved, unit=True)
         shift.tril_(-1).mul_(-self.alpha / factored.pivots.unsqueeze(1))
         living = sums.alive(columns)
-        base = torch.linalg.solve_triangular(shift, living, upper=False, unitriangular=True)
+        base = solve_lower(shift, living, unit=True)
         within = factored.feedback.tril(-1)
-        feedback = torch.linalg.solve_triangular(shift, within, upper=False, unitriangular=True)
+        feedback = solve_lower(shift, within, unit=True)
         return Problem(base, living, feedback, factored)

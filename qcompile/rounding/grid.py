@@ -153,8 +153,9 @@ class Grid:
         """
         wanted = self.stored.tensor(values)
         found = quantize_with(wanted, self.params, self.stored.spec)
-        wrong = int((found.dequantize(wanted.dtype) != wanted).sum())
-        if wrong:
+        given = found.dequantize(wanted.dtype)
+        if not torch.equal(given, wanted):
+            wrong = int((given != wanted).sum())
             spec = self.stored.spec
             raise QCompileError(f"{spec}: {wrong} values are none that a code decodes to; pass what rounding gave")
         return found

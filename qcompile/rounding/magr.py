@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.linalg import product
 from qcompile.rounding.shrink import l1_threshold
 from qcompile.rounding.spectrum import largest_eigenvalue
 
@@ -32,7 +33,7 @@ class MagR:
         target, found = columns.t().contiguous(), columns.t().clone()
         shape = (len(found), groups, -1)
         for _ in range(self.steps):
-            found = torch.addmm(found, found - target, hessian, alpha=-1 / largest)
+            found = found.sub(product(found - target, hessian), alpha=1 / largest)
             peaks = l1_threshold(found.view(shape).abs(), self.alpha).unsqueeze(-1)
             found = torch.minimum(torch.maximum(found.view(shape), -peaks), peaks).view(found.shape)
         return found.t().contiguous()

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qcompile.linalg import product
+
 LEAF = 16
 """Columns that are not halved any more."""
 
@@ -66,7 +68,7 @@ class _State:
             return
         middle = first + -(-size // unit) // 2 * unit
         self.solve(first, middle)
-        self.x[middle:last].addmm_(self.feedback[middle:last, first:middle], self.x[first:middle])
+        self.x[middle:last] += product(self.feedback[middle:last, first:middle], self.x[first:middle])
         self.solve(middle, last)
 
     def each(self, first: int, last: int) -> None:

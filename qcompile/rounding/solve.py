@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError
+from qcompile.linalg import product
 from qcompile.numerics.fit import work_dtype
 from qcompile.numerics.qtensor import QTensor
 from qcompile.rounding.axe import Accumulator, BoundedGrid, Proof, prove, widening
@@ -251,7 +252,7 @@ class _Costs:
     def of(cls, columns: Tensor, sums: Sums, power: Tensor | None, follows_float: bool, step: int) -> _Costs:
         """Costs over every `step`-th output: rows of a weight are problems of their own."""
         columns = columns[:, ::step].contiguous()
-        pull = None if sums.cross is None else (sums.hessian - sums.cross) @ columns
+        pull = None if sums.cross is None else product(sums.hessian - sums.cross, columns)
         total = None if power is None else float(power[::step].sum(dtype=torch.float64))
         deciding = int(follows_float and pull is not None)
         return cls(columns, sums, quadratic(columns, sums.hessian), pull, total, deciding, step)
