@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from qcompile.ir.contractions import survey
+from qcompile.ir.contractions import Obstacle, survey
 from qcompile.ir.program import Program
 
 
@@ -88,20 +88,29 @@ class _Lives:
         data = _computed_with_weights(program)
         needed = _ancestors(t.value for t in targets)
         several = {n for n in data if isinstance(n.meta["val"], tuple | list)}  # its parts are what is kept
-        self.nodes = [n for n in program.graph.nodes if n in data and n in needed and n not in several]
+        # A matrix that was picked out of a stack is not kept: it would stay as it was when the stack is rounded.
+        weights = {n for found in survey(program) if not isinstance(found, Obstacle) for n in found.path}
+        skipped = several | weights
+        self.nodes = [n for n in program.graph.nodes if n in data and n in needed and n not in skipped]
         at = {t.at for t in targets}
         self.order = program.nodes
         self.index = {n: i for i, n in enumerate(self.order)}
         readers = needed | at
         made = {n: n.all_input_nodes[0] if n.target is operator.getitem else n for n in self.nodes}
         self.first = {n: self.index[made[n] if made[n] in several else n] for n in self.nodes}
-        self.last = {
-            n: max((self.index[u] for u in n.users if u in readers and u in self.index), default=self.first[n])
-            for n in self.nodes
-        }
+        reached = self._reached(readers, weights)
+        self.last = {n: max(self.first[n], reached[n]) for n in self.nodes}
         for t in targets:  # looked at, whether anything else reads it or not
             if t.value in self.last:
                 self.last[t.value] = max(self.last[t.value], self.index.get(t.at, 0), self.first[t.value] + 1)
+
+    def _reached(self, readers: set[fx.Node], weights: set[fx.Node]) -> dict[fx.Node, int]:
+        """Node → the last position that reads it, through weights that are made of it; 0 where none does."""
+        table: dict[fx.Node, int] = {}
+        for node in reversed(self.order):
+            users = [u for u in node.users if u in readers and u in self.index]
+            table[node] = max((table[u] if u in weights else self.index[u] for u in users), default=0)
+        return table
 
     def position(self, target: Target) -> int:
         """Where a target stands; 0 for an input of the program."""

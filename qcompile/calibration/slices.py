@@ -8,17 +8,18 @@ as the slice does. Masks, positions and rotary tables depend on inputs alone: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.errors import QCompileError
+from qcompile.ir.gathered import Gathered, call
 from qcompile.ir.program import Program
 from qcompile.linalg import linear
 
-_FASTER: dict[Any, Callable[..., Any]] = {torch.ops.aten.linear.default: linear}
+aten = torch.ops.aten
 
 
 class Slice:
@@ -82,7 +83,9 @@ class Slice:
         if self.device is not None and "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
         try:
-            return _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+            if node.target is aten.linear.default:
+                return linear(*args, **kwargs)  # type: ignore[arg-type]
+            return call(node, args, kwargs)
         except Exception as error:
             error.add_note(f"in {node.format_node()} of module {self.program.module_of(node)!r}")
             raise
@@ -118,6 +121,8 @@ class Slice:
 
 
 def _kept(value: Any) -> Tensor:
+    if isinstance(value, Gathered):
+        return value.whole
     if isinstance(value, Tensor):
         return value
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import QCompileError
+from qcompile.ir.gathered import call
 from qcompile.ir.program import Program
 from qcompile.ir.types import dim_expr
 
@@ -44,7 +45,7 @@ def run(
             if node.op == "call_function":
                 args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
                 try:
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = node.target(*args, **kwargs) if observe else call(node, args, kwargs)
                 except Exception as error:
                     error.add_note(f"in {node.format_node()} of module {program.module_of(node)!r}")
                     raise
