@@ -146,6 +146,10 @@ class RoundingWorker(Worker):
             where = free_key(self.setup.program, place.key, "codes")
             store_codes(self.setup.program, place.qdq, weight, _unpacked(tensors, place), self.report)
             self._tell(where, place, facts)
+            later = sum(read.target not in stage.targets for read in place.reads)
+            if later:
+                readers = f"{later} of the {len(place.reads)} products that read it come in later stages"
+                self.report.note(f"{place.key}: {readers}; it is rounded by what the others read")
             self.settled.add(place.number)
 
     def finish(self) -> Report:

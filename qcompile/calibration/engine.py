@@ -87,7 +87,7 @@ def _portions(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One of the two programs, and its values at the boundary that has been reached."""
 
     program: Program
@@ -113,8 +113,8 @@ class Engine:
         quantized = any(w.needs_quantized for w in workers)
         plain = any(w.needs_float for w in workers)
         share = budget // max(1, quantized + plain)
-        self.quantized = _Stream(setup.program, ValueStore(share)) if quantized else None
-        self.plain = _Stream(setup.plain, ValueStore(share)) if plain else None
+        self.quantized = Stream(setup.program, ValueStore(share)) if quantized else None
+        self.plain = Stream(setup.plain, ValueStore(share)) if plain else None
         self.seconds = {"forward": 0.0, "collect": 0.0, "solve": 0.0}
 
     def run(self, checkpoint: Checkpoint | None = None, expected: Estimate | None = None) -> None:
@@ -182,24 +182,36 @@ class Engine:
         return found
 
     def _part(
-        self, stream: _Stream | None, stage: Stage, names: Iterable[str], shared: dict[int, Tensor]
-    ) -> tuple[_Stream, Slice] | None:
+        self, stream: Stream | None, stage: Stage, names: Iterable[str], shared: dict[int, Tensor]
+    ) -> tuple[Stream, Slice] | None:
         listed = list(names)
         if not listed:
             return None
         if stream is None:
             raise RuntimeError(f"a pass wants {listed[0]} of a program that it did not ask to be run")
         waiting = self._waiting() if stream is self.quantized else {}
-        return stream, Slice(stream.program, stage.starts, listed, self.device, shared, waiting)
+        return stream, self.slice(stream, stage.starts, listed, shared, waiting)
 
-    def _run(self, stream: _Stream, part: Slice, batch: int) -> dict[str, Any]:
+    def _run(self, stream: Stream, part: Slice, batch: int) -> dict[str, Any]:
         values = stream.values.get(batch) if part.inputs else {}
         return part.run(values, fill(stream.program, self.data[batch]))
+
+    def slice(
+        self,
+        stream: Stream,
+        starts: Iterable[str],
+        ends: Iterable[str],
+        shared: dict[int, Tensor] | None = None,
+        waiting: Mapping[str, str] | None = None,
+    ) -> Slice:
+        """Part of one of the programs, to be run as the settings say."""
+        halved = self.setup.settings.compute == "bfloat16"
+        return Slice(stream.program, starts, ends, self.device, shared, waiting, halved)
 
     def _advance(self, stage: Stage) -> None:
         start = time.perf_counter()
         for stream in self._streams().values():
-            part = Slice(stream.program, stage.starts, stage.ends, self.device)
+            part = self.slice(stream, stage.starts, stage.ends)
             for batch in self.mine:
                 stream.values.put(batch, self._run(stream, part, batch))
         self.seconds["forward"] += time.perf_counter() - start
@@ -207,7 +219,7 @@ class Engine:
     def _waiting(self) -> dict[str, str]:
         return {node: weight for worker in self.workers for node, weight in worker.waiting().items()}
 
-    def _streams(self) -> dict[str, _Stream]:
+    def _streams(self) -> dict[str, Stream]:
         named = {"quantized": self.quantized, "float": self.plain}
         return {name: stream for name, stream in named.items() if stream is not None}
 

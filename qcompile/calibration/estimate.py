@@ -19,7 +19,6 @@ from qcompile.calibration.chain import Stage
 from qcompile.calibration.costs import Sizes, SliceCost, slice_cost
 from qcompile.calibration.inputs import InputWant
 from qcompile.calibration.machine import Speed, free_memory, resident, speed
-from qcompile.calibration.slices import Slice
 from qcompile.calibration.statistics import Want
 from qcompile.errors import QCompileError
 from qcompile.ir.contractions import find_contractions
@@ -188,6 +187,7 @@ class _Account:
 class _Estimator:
     def __init__(self, engine: Engine, pace: Speed) -> None:
         self.engine, self.pace = engine, pace
+        self.gain = pace.gain if engine.setup.settings.compute == "bfloat16" else 1.0
         self.streams = [s for s in (engine.quantized, engine.plain) if s is not None]
         self.shapes = Counter(_shapes(engine.setup.program, engine.data[b]) for b in engine.mine)
         self.sizes = {s: [Sizes(stream.program, dict(s)) for stream in self.streams] for s in self.shapes}
@@ -235,9 +235,8 @@ class _Estimator:
 
     def _run(self, starts: Sequence[str], names: list[Sequence[str]], phase: str, account: _Account) -> tuple[int, int]:
         """Bytes of weights and of one batch; the seconds are added to those of the phase."""
-        device = self.engine.device
         parts = [
-            Slice(stream.program, starts, list(dict.fromkeys(wanted)), device) if wanted else None
+            self.engine.slice(stream, starts, list(dict.fromkeys(wanted))) if wanted else None
             for stream, wanted in zip(self.streams, names, strict=True)
         ]
         most_weights = most = 0
@@ -254,7 +253,7 @@ class _Estimator:
                 most = max(most, left + cost.peak + cost.making)
                 left += cost.outputs if both else 0
             flops, moved = sum(c.flops for c in costs), sum(c.moved for c in costs)
-            account.seconds[phase] += count * self._time(flops, moved)
+            account.seconds[phase] += count * self._time(flops / self.gain, moved)
             if shapes == next(iter(self.shapes)):
                 account.seconds[phase] += self._time(0, 2 * sum(c.moved_once for c in costs))
         return most_weights, most

@@ -17,9 +17,12 @@ class Settings:
             of a segment are looked at together, which costs one more run of it.
         memory: GB of values between segments that are kept in memory; more goes to files.
         device: where segments are run and solved, as ``cuda``; None leaves them on the CPU.
+        compute: ``bfloat16`` rounds both sides of a linear layer of float32, and its result, to bfloat16 while data is
+            run, which is faster where the processor multiplies bfloat16. Sums and rounding stay float32.
     """
 
     propagate: Literal["quantized", "float"] = "quantized"
     true_sequential: bool = True
     memory: float = 4.0
     device: str | None = None
+    compute: Literal["float32", "bfloat16"] = "float32"

@@ -29,6 +29,7 @@ class Slice:
         device: where it runs; None leaves tensors where they are.
         shared: weights that have been read, for slices of copies of one program that live side by side.
         instead: nodes, and the nodes that are read in their place, by name.
+        halved: linear layers of float32 are computed in bfloat16.
 
     Raises QCompileError where a name is not in the program.
     """
@@ -41,6 +42,7 @@ class Slice:
         device: torch.device | None = None,
         shared: dict[int, Tensor] | None = None,
         instead: Mapping[str, str] | None = None,
+        halved: bool = False,
     ) -> None:
         named = {node.name: node for node in program.graph.nodes}
         self.program, self.device = program, device
@@ -54,7 +56,7 @@ class Slice:
         self.last_use = _last_uses(self.nodes, set(self.outputs.values()), self.fixed)
         self.feeds = [n for n in reached if n.op == "placeholder" and "weight" not in n.meta]
         self._constants: dict[fx.Node, Any] = {}
-        self._shared = shared
+        self._shared, self._linear = shared, _InHalf() if halved else linear
 
     @property
     def weights(self) -> list[str]:
@@ -84,7 +86,7 @@ class Slice:
             kwargs = {**kwargs, "device": self.device}
         try:
             if node.target is aten.linear.default:
-                return linear(*args, **kwargs)  # type: ignore[arg-type]
+                return self._linear(*args, **kwargs)  # type: ignore[arg-type]
             return call(node, args, kwargs)
         except Exception as error:
             error.add_note(f"in {node.format_node()} of module {self.program.module_of(node)!r}")
@@ -118,6 +120,21 @@ class Slice:
 
     def _here(self, value: Tensor) -> Tensor:
         return value if self.device is None else value.to(self.device, non_blocking=True)
+
+
+class _InHalf:
+    """Linear layers in bfloat16, each weight turned once."""
+
+    def __init__(self) -> None:
+        self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # the weight as well, so that its number stays its own
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32:
+            return linear(x, weight, bias)
+        if id(weight) not in self._turned:
+            self._turned[id(weight)] = weight, weight.bfloat16()
+        found = torch.nn.functional.linear(x.bfloat16(), self._turned[id(weight)][1]).float()
+        return found if bias is None else found.add_(bias)
 
 
 def _kept(value: Any) -> Tensor:

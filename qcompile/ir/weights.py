@@ -21,7 +21,7 @@ from torch import Tensor
 from qcompile.errors import QCompileError
 from qcompile.ir.edits import EDITABLE, Chain, WeightEdit, checked_shape, edited_pieces
 
-DEFAULT_BUDGET = 512 << 20  # bytes of written tensors kept in memory; more goes to the scratch folder
+DEFAULT_BUDGET = 256 << 20  # bytes of written tensors kept in memory; more goes to the scratch folder
 _SPILL_FROM = 1 << 20  # smaller tensors always stay in memory: a file each would cost more than it frees
 
 Edit = Callable[[Tensor], Tensor]

@@ -65,6 +65,7 @@ class Calibration(BaseModel):
     - `true_sequential`: inside a segment, too, a product is looked at after those before it are rounded.
     - `memory`: GB of values between segments that are kept in memory; more goes to files.
     - `device`: where segments are run and weights solved, as ``cuda``; null for the CPU.
+    - `compute`: ``bfloat16`` for linear layers of float32 while data is run: faster where the processor multiplies it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,10 +82,11 @@ class Calibration(BaseModel):
     true_sequential: bool = True
     memory: float = Field(default=4.0, gt=0)
     device: str | None = None
+    compute: Literal["float32", "bfloat16"] = "float32"
 
     def settings(self) -> Settings:
         """How segments are run."""
-        return Settings(self.propagate, self.true_sequential, self.memory, self.device)
+        return Settings(self.propagate, self.true_sequential, self.memory, self.device, self.compute)
 
 
 class Recipe(BaseModel):

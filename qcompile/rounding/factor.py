@@ -66,22 +66,21 @@ def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factor
     """
     if damping < 0:
         raise QCompileError(f"damping={damping} is negative; use 0 or more, 0.01 as a rule")
-    flipped = hessian.flip(0, 1)
-    diagonal = flipped.diagonal()
-    if not bool(torch.isfinite(flipped.sum())):
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(hessian.sum())):
         raise QCompileError(f"the Hessian (shape {list(hessian.shape)}) holds nan or infinity; find the layer's inputs")
     dead = diagonal == 0
     mean = float(diagonal.sum(dtype=torch.float64)) / max(1, int((~dead).sum()))
     unit = (mean or 1.0) if unit is None else unit
-    diagonal.add_(dead)
-    plain = diagonal.clone()
+    plain = (diagonal + dead).flip(0)
     tried: list[float] = []
     while damping <= MOST_DAMPING:
         tried.append(damping)
-        torch.add(plain, damping * unit, out=diagonal)
-        upper, well = cholesky(flipped.clone())
+        flipped = hessian.flip(0, 1)
+        torch.add(plain, damping * unit, out=flipped.diagonal())
+        upper, well = cholesky(flipped)
         if well and bool(torch.isfinite(upper.diagonal()).all()):
-            return _factored(upper, dead.flip(0), damping, damping * unit, tuple(tried))
+            return _factored(upper, dead, damping, damping * unit, tuple(tried))
         damping = max(LEAST_RAISE, 10 * damping)
     steps = ", ".join(f"{d:g}" for d in tried)
     raise QCompileError(f"the Hessian has no factorisation with damping {steps}; use more calibration data")

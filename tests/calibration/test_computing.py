@@ -1,0 +1,55 @@
+"""What data is run in, and weights that several stages read."""
+
+from __future__ import annotations
+
+import torch
+from calibration import tiny
+
+from qcompile import run_passes
+from qcompile.calibration.settings import Settings
+from qcompile.calibration.slices import Slice
+from qcompile.ir.program import Program
+
+HALF = Settings(compute="bfloat16")
+MARK = "insert-qdq(weights=int4 sym group=8)"
+
+
+def rounded(dtype: str, settings: Settings) -> dict[str, torch.Tensor]:
+    program = tiny.decoder(2, dtype)
+    run_passes(program, f"{MARK}, gptq", tiny.tokens(), settings=settings)
+    return tiny.codes(program)
+
+
+def test_linear_layers_in_bfloat16() -> None:
+    program = Program.parse(
+        "def main(x: f32[2, 8], *, w: f32[4, 8], b: f32[4]):\n    y = aten.linear.default(x, w, b)\n    return {'y': y}"
+    )
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    w, b = program.weights["w"], program.weights["b"]
+    half = Slice(program, [], ["y"], halved=True)
+    exact = (x.bfloat16() @ w.bfloat16().t()).float() + b
+    assert torch.equal(half.run({}, {"x": x})["y"], exact)
+    assert torch.equal(half.run({}, {"x": 2 * x})["y"], (2 * x).bfloat16().matmul(w.bfloat16().t()).float() + b)
+    assert torch.equal(Slice(program, [], ["y"]).run({}, {"x": x})["y"], torch.nn.functional.linear(x, w, b))
+
+
+def test_only_float32_is_computed_in_bfloat16() -> None:
+    plain, half = rounded("f32", Settings()), rounded("f32", HALF)
+    parts = [key for key in plain if key.endswith(".codes")]
+    other = sum(int((plain[key] != half[key]).sum()) for key in parts) / sum(plain[key].numel() for key in parts)
+    assert 0 < other < 0.05
+    assert tiny.same(rounded("f64", Settings()), rounded("f64", HALF))
+
+
+def test_a_weight_that_later_stages_read_too_is_told() -> None:
+    program = Program.parse(
+        """def main(input_ids: i64[batch, sequence], *, e: f64[32, 16], w: f64[16, 16], g: f64[16]):
+    x = aten.embedding.default(e, input_ids)
+    a = aten.linear.default(x, w)
+    n = aten.rms_norm.default(a, [16], g, 1e-3)
+    y = aten.linear.default(n, w)
+    return {"y": y}"""
+    )
+    reports = run_passes(program, f"{MARK}, gptq", tiny.tokens())
+    line = "w: 1 of the 2 products that read it come in later stages; it is rounded by what the others read"
+    assert line in reports[-1].notes
