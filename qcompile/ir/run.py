@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import QCompileError
-from qcompile.ir.gathered import call
+from qcompile.ir.gathered import Gathered, call
 from qcompile.ir.program import Program
 from qcompile.ir.types import dim_expr
 
@@ -45,12 +45,13 @@ def run(
             if node.op == "call_function":
                 args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
                 try:
-                    values[node] = node.target(*args, **kwargs) if observe else call(node, args, kwargs)
+                    values[node] = call(node, args, kwargs)
                 except Exception as error:
                     error.add_note(f"in {node.format_node()} of module {program.module_of(node)!r}")
                     raise
                 if observe is not None:
-                    observe(node, values[node])
+                    found = values[node]
+                    observe(node, found.whole if isinstance(found, Gathered) else found)
             elif node.op == "output":
                 returned = fx.map_arg(node.args[0], value)
             for dead in last_use.get(node, ()):
