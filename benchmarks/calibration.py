@@ -45,7 +45,11 @@ OWN = "qcompile"
 MODES = {"act": ["--act-order"], "plain": []}
 """Options of a run: columns by falling diagonal of H with groups chosen ahead; or as they stand, with groups chosen
 when their turn comes. Peers are compared with ours of the mode that they can do."""
-OURS = {"": ["--true-sequential"], ", propagate: float": ["--true-sequential", "--propagate", "float"]}
+OURS = {
+    "": ["--true-sequential"],
+    ", compute: bfloat16": ["--true-sequential", "--compute", "bfloat16"],
+    ", propagate: float": ["--true-sequential", "--propagate", "float"],
+}
 """"propagate: float" shows every layer what the float model gives it; peers show it what the rounded layers give."""
 
 
@@ -247,7 +251,7 @@ def show(
             "order, groups": {"act": "act order, static", "plain": "as they stand, running"}[job.mode],
             "CPU, s": f"{seconds[job.name]:.1f}",
             "of all rounds": ", ".join(f"{f['cpu']:.1f}" for f in runs),
-            "times ours": f"{seconds[job.name] / seconds[own[0]]:.1f}" if theirs else "",
+            "times ours": ", ".join(f"{seconds[job.name] / seconds[name]:.1f}" for name in own[:2]) if theirs else "",
             "Σ tr(ΔW H ΔWᵀ)": f"{sums[job.name]:.6g}",
             "ours / theirs": ", ".join(f"{sums[name] / sums[job.name]:.4f}" for name in own) if theirs else "",
             "KL, nats a token": f"{quality.divergences[job.name]:.5f}",
@@ -258,10 +262,11 @@ def show(
         f"random weights in float32; {options.samples} × {options.length} tokens; {options.threads} thread(s), "
         f"{options.rounds} round(s), in turns; medians. Everyone: scale = amax / 7.5, codes -8 … 7, damping 1%. Peers "
         "calibrate a layer on the outputs of the rounded layers before it, and look at all its products before they "
-        "round one; ours rounds q, k, v, then o, and so on, which costs it nothing (`propagate: quantized`). H is that "
-        "of the float model for everyone, so that the loss favours who calibrates on float inputs: ours / theirs is "
-        "given for both of ours. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with "
-        "the peers of its order and groups. Peers load the model into memory before the clock starts; ours reads its "
+        "round one; ours rounds q, k, v, then o, and so on, which costs it nothing (`propagate: quantized`). "
+        "`compute: bfloat16` is for linear layers while data is run, no more. H is that of the float model for "
+        "everyone, so that the loss favours who calibrates on float inputs. Times ours: the first two of ours; ours / "
+        "theirs: all three. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
+        "peers of its order and groups. Peers load the model into memory before the clock starts; ours reads its "
         "weights from the file within the time."
     )
     publish("calibration", "Whole GPTQ runs, int4 g128", rows, notes)

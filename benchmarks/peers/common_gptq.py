@@ -38,6 +38,7 @@ class Job:
     act_order: bool
     true_sequential: bool
     propagate: Literal["quantized", "float"]
+    compute: Literal["float32", "bfloat16"]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def read_tokens(self) -> list[Tensor]:
@@ -88,13 +89,25 @@ def job(description: str | None) -> Job:
     parser.add_argument(
         "--propagate", choices=["quantized", "float"], default="quantized", help="what layers are shown"
     )
+    parser.add_argument(
+        "--compute",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="linear layers while data is run; ours alone",
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     return Job(
-        options.model, options.tokens, options.out, options.act_order, options.true_sequential, options.propagate
+        options.model,
+        options.tokens,
+        options.out,
+        options.act_order,
+        options.true_sequential,
+        options.propagate,
+        options.compute,
     )
 
 
