@@ -65,7 +65,8 @@ AXE = [
 ]
 
 NOTES = f"""{SAMPLES} × {LENGTH} tokens of calibration, from other documents than those that models are judged by. ΔNLL:
-nats per token above the float model's, and its standard error over documents, token by token against the float model.
+nats per token above the float model's, token by token, with its standard error over documents and the middle 95% of
+1000 bootstrap samples of them.
 Proxy loss: Σ tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) over all weights, against that of rounding to nearest. CPU-s: of `compile`, one
 thread, the copy of the model included. Spec words are `signed` and `mse` where a row does not say otherwise; W2 is
 asymmetric. Command: `python benchmarks/rounding_accuracy.py MODEL --texts STORIES.jsonl --rows groups --write`.
@@ -167,6 +168,7 @@ def measured(row: Row, it: Subject) -> dict[str, Any]:
         "perplexity": found.perplexity,
         "reference": found.reference_perplexity,
         "excess": [found.excess_nats.mean, found.excess_nats.stderr],
+        "interval": found.excess_nats.interval,
         "kl": [found.kl.mean, found.kl.stderr],
         "loss": sum(f["loss"] for f in figures) / sum(f["rtn_loss"] for f in figures) if figures else None,
         "kept": int(sum(f["rtn_kept"] for f in figures)),
@@ -186,6 +188,7 @@ def shown(row: Row, found: dict[str, Any]) -> dict[str, object]:
         "method": row.method,
         "perplexity": f"{found['perplexity']:.4f}",
         "ΔNLL": f"{excess[0]:.4f} ± {excess[1]:.4f}",
+        "95%": "{:.4f} … {:.4f}".format(*found["interval"]),
         "KL": f"{kl[0]:.4f} ± {kl[1]:.4f}",
         "proxy loss / RTN's": "" if found["loss"] is None else f"{found['loss']:.3f}",
         "kept RTN": "" if found["loss"] is None else f"{found['kept']} of {found['weights']}",

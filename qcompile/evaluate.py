@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ Model = Callable[[Tensor], Any]
 """Token ids int64 ``[batch, sequence]`` → logits ``[batch, sequence, vocabulary]`` (or an object that has `logits`): a
 `Program`, a compiled model, an artifact in its own runtime, a transformers model."""
 
+RESAMPLES = 1000
 _LOGIT_BYTES = 256 << 20  # of the logits of one call
 _CHUNK = 1 << 22  # logits whose logarithms are held at a time
 
@@ -35,10 +36,13 @@ class Measure:
 
     Sequences, not tokens, are taken as independent: the mean is the ratio of two sums over sequences and its error that
     of a ratio estimator (Cochran, Sampling Techniques, section 2.11), so that long sequences weigh by their tokens.
+    `interval`: the middle 95% of the means of samples drawn from the sequences, with a seed (the percentile bootstrap,
+    Efron 1979).
     """
 
     mean: float
     stderr: float | None
+    interval: tuple[float, float] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, sums: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> Measure:
@@ -48,10 +52,21 @@ class Measure:
         if sequences < 2 or not math.isfinite(mean):
             return cls(mean, None)
         residual = float(((sums - mean * counts) ** 2).sum())
-        return cls(mean, math.sqrt(residual * sequences / (sequences - 1)) / total)
+        return cls(mean, math.sqrt(residual * sequences / (sequences - 1)) / total, _interval(sums, counts))
 
     def __str__(self) -> str:
         return f"{self.mean:.5g}" if self.stderr is None else f"{self.mean:.5g} ± {self.stderr:.2g}"
+
+
+def _interval(sums: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """See `Measure`; sequences are drawn with replacement, as many as there are."""
+    random = np.random.default_rng(0)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = random.integers(len(counts), size=len(counts))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
