@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from calibration import tiny
 
 from qcompile import run_passes
+from qcompile.calibration import engine
 from qcompile.calibration.settings import Settings
 from qcompile.calibration.slices import Slice
 from qcompile.ir.program import Program
@@ -53,3 +55,17 @@ def test_a_weight_that_later_stages_read_too_is_told() -> None:
     reports = run_passes(program, f"{MARK}, gptq", tiny.tokens())
     line = "w: 1 of the 2 products that read it come in later stages; it is rounded by what the others read"
     assert line in reports[-1].notes
+
+
+def test_batches_are_run_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole samples, with their masks, and never none; what comes out does not depend on it."""
+    ids = torch.arange(30).view(5, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "scale": torch.tensor(2.0)}
+    whole = rounded("f64", Settings())
+    for most, sizes in ((1024, [5]), (12, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(engine, "PORTION", most)
+        parts = list(engine._portions(batch))
+        assert [len(part["input_ids"]) for part in parts] == [len(part["attention_mask"]) for part in parts] == sizes
+        assert torch.equal(torch.cat([part["input_ids"] for part in parts]), ids)
+        assert all(float(part["scale"]) == 2.0 for part in parts)
+        assert tiny.same(rounded("f64", Settings()), whole)
