@@ -23,6 +23,8 @@ from common import Run, measure, publish
 from llama_shapes import Shape, write
 
 RECIPE = "gptq-int4"
+SCALES = "weights=int4 sym group=128"
+"""Scales are not searched for, which takes most of the time and no memory to speak of."""
 ROOM = 1e9
 """Bytes that a run may take beside a segment, its Hessians and the values between stages."""
 
@@ -101,7 +103,7 @@ def step(folder: Path, samples: int, length: int) -> dict[str, Any]:
     peaks = Peaks()
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
-    overrides = [f"calibration.samples={samples}", f"calibration.length={length}"]
+    overrides = [f"calibration.samples={samples}", f"calibration.length={length}", SCALES]
     compiled = qcompile.compile(folder, RECIPE, tokens, overrides=overrides, instruments=[peaks])
     report = compiled.report.passes[-1]
     return {"peaks": peaks.after_pass, "calibration": report.measured["calibration"]}
@@ -132,7 +134,7 @@ def show(found: dict[Shape, dict[str, Any]], arguments: argparse.Namespace) -> N
     peaks = [run["peak"] for run in found.values()]
     notes = (
         f"Hidden {shape.width}, FFN {shape.hidden}, {shape.heads} heads, {shape.kv_heads} of keys and values, "
-        f"vocabulary {shape.vocabulary}; `{RECIPE}`, {arguments.samples} × {arguments.length} tokens, "
+        f"vocabulary {shape.vocabulary}; `{RECIPE}` with `{SCALES}`, {arguments.samples} × {arguments.length} tokens, "
         f"{arguments.threads} threads. Limit: the segment with the embedding in front of it in float32 "
         f"({segment:.2f} GB), its Hessians with cross terms in float64 ({hessians:.2f} GB), the values kept between "
         f"stages ({values:.2f} GB), and 1 GB. Peaks differ by {max(peaks) / min(peaks) - 1:.1%}; target: at most 5%."

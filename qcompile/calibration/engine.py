@@ -19,7 +19,7 @@ from torch import Tensor
 from qcompile.calibration.chain import Chain, Stage, cut
 from qcompile.calibration.checkpoint import Checkpoint, Values, fingerprint
 from qcompile.calibration.estimate import Estimate, estimate
-from qcompile.calibration.machine import peak_memory
+from qcompile.calibration.machine import give_back, peak_memory
 from qcompile.calibration.processes import Processes, joined
 from qcompile.calibration.settings import Settings
 from qcompile.calibration.slices import Slice
@@ -127,6 +127,7 @@ class Engine:
             if index < done:
                 continue
             kept.append(self._settle(stage))
+            give_back()
             last = index + 1 == len(stages)
             if not last:
                 self._advance(stage)
