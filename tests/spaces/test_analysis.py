@@ -352,6 +352,58 @@ def test_what_changes_half_of_a_vector_parts_it_from_the_other(
     assert drift(program.run(inputs), before) <= 1e-13
 
 
+HEADS = """h = aten.view.default(x, [2, 5, 2, 6])
+           a = aten.einsum.default("bshi,hoi->bsho", [h, w])
+           m = aten.reshape.default(a, [2, 5, 8])"""
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "p = aten.slice.Tensor(m, 2, 3, 8); q = aten.slice.Tensor(m, 2, 0, 3); r = aten.cat.default([p, q], 2)",
+        "l = aten.split_with_sizes.default(m, [3, 5], 2); p = operator.getitem(l, 0); q = operator.getitem(l, 1)"
+        "; r = aten.cat.default([q, p], 2)",
+        "r = aten.roll.default(m, [3], [2])",
+    ],
+)
+def test_heads_that_share_a_space_are_known_apart_where_their_axis_is_cut(
+    cut: str, feeds: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Behind a roll by 3, half of what reads the first head is of the second one."""
+    cut = "\n".join(cut.split("; "))
+    body = f"""{HEADS}
+               {cut}
+               v = aten.view.default(r, [2, 5, 2, 4])
+               y = aten.linear.default(v, o)"""
+    program = parsed("x: f64[2, 5, 12]", "w: f64[2, 4, 6], o: f64[3, 4]", body)
+    spaces = channel_spaces(program)
+    (space,) = spaces[Level.PERMUTATION]
+    assert space.width == 3  # of four: the other one is of another head than they, each time
+    inputs = feeds(program)
+    before = program.run(inputs)
+    edits = Edits(spaces, Report())
+    edits.permute(space, torch.tensor([2, 0, 1]))
+    edits.commit()
+    assert drift(program.run(inputs), before) <= 1e-13
+
+
+def test_heads_that_share_a_space_are_copies_of_it_where_one_weight_reads_them(
+    feeds: Callable[..., dict[str, Tensor]],
+) -> None:
+    program = parsed(
+        "x: f64[2, 5, 12]", "w: f64[2, 4, 6], o: f64[3, 8]", f"{HEADS}\ny = aten.linear.default(m, o)"
+    )
+    spaces = channel_spaces(program)
+    (space,) = spaces[Level.LINEAR]
+    assert space.sinks[0].positions.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    inputs = feeds(program)
+    before = program.run(inputs)
+    edits = Edits(spaces, Report())
+    edits.rotate(space, RandomOrthogonal(4, 1))
+    edits.commit()
+    assert drift(program.run(inputs), before) <= 1e-12
+
+
 def test_a_gain_that_another_norm_reads_as_well() -> None:
     """The channels of the second norm come from an operator without a rule: no weight makes them."""
     program = parsed(

@@ -154,11 +154,7 @@ def _through(
         walk.rows(through, node, "each part is mixed over tokens by weights of its own", rows)
     else:
         walk.wires.together(MIXING, old, walk.wires.event(node, "mixed over tokens"))
-    vectors = np.where(old >= 0, walk.wires.instance[old] * (rows.max() + 1) + rows, -1)
-    new = np.where(old >= 0, walk.wires.fresh(vectors), -1)
-    walk.wires.join(old, new)
-    walk.wires.same_copy(old, new)
-    ids = new
+    ids = walk.copies(old, rows)
     for place in sorted(summed, reverse=True):
         ids = ids.squeeze(place)
     axes: list[Axis] = []

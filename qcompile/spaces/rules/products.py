@@ -69,7 +69,7 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
     if any(step.target in _QUANTIZED for step in c.path):
         return walk.barrier(node, "its weight is quantized already")
     layout = walk.of(c.input)
-    rows = wires_along(layout, c.input_axis)
+    rows = wires_along(walk, node, layout, c.input_axis)
     if rows is None:
         return walk.barrier(node, "sums over channels and tokens at once")
     shape = c.weight.meta["val"].shape
