@@ -15,9 +15,9 @@ from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces import ChannelSpaces, Level, Limit, Placement, Space
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.rules.products import part_of
-from qcompile.spaces.wires import Ids
 
 QUANTIZED_ROLES: tuple[Role, ...] = ("linear", "expert", "convolution")
 """Products that recipes quantize unless they say otherwise: heads and routers stay float."""

@@ -15,7 +15,7 @@ import numpy as np
 import sympy
 
 from qcompile.ir.types import Dim
-from qcompile.spaces.wires import Ids
+from qcompile.spaces.forest import Ids
 
 Axis = tuple[Dim, ...]
 Spread: TypeAlias = Callable[[Ids, Ids], Ids]
@@ -61,8 +61,8 @@ class Layout:
     def flat(self, axis: int, spread: Spread | None = None) -> Layout | None:
         """The same with one atom for `axis`; None where wires vary along a part of it that has no fixed size.
 
-        Where the axis holds the vectors of several tokens, one after the other, `spread` gives each its wires: what cuts
-        such an axis must know them apart. Without it they are on the same wires.
+        Where the axis holds the vectors of several tokens, one behind the other, `spread` gives each its wires: what
+        cuts such an axis must know them apart. Without it they are on the same wires.
         """
         atoms = self.atoms(axis)
         if len(atoms) == 1:

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from qcompile.ir.contractions import Contraction, Embedding, Obstacle, survey
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim, dim_expr
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout, Spread, plain
-from qcompile.spaces.wires import EVERY, MIXING, Ids, Level, Wires
+from qcompile.spaces.wires import EVERY, MIXING, Level, Wires
 
 Kind = Literal["source", "sink", "norm", "query", "key", "state", "output"]
 

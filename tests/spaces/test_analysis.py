@@ -352,7 +352,7 @@ def test_what_changes_half_of_a_vector_parts_it_from_the_other(
     assert drift(program.run(inputs), before) <= 1e-13
 
 
-HEADS = """h = aten.view.default(x, [2, 5, 2, 6])
+SHARED = """h = aten.view.default(x, [2, 5, 2, 6])
            a = aten.einsum.default("bshi,hoi->bsho", [h, w])
            m = aten.reshape.default(a, [2, 5, 8])"""
 
@@ -371,7 +371,7 @@ def test_heads_that_share_a_space_are_known_apart_where_their_axis_is_cut(
 ) -> None:
     """Behind a roll by 3, half of what reads the first head is of the second one."""
     cut = "\n".join(cut.split("; "))
-    body = f"""{HEADS}
+    body = f"""{SHARED}
                {cut}
                v = aten.view.default(r, [2, 5, 2, 4])
                y = aten.linear.default(v, o)"""
@@ -390,9 +390,7 @@ def test_heads_that_share_a_space_are_known_apart_where_their_axis_is_cut(
 def test_heads_that_share_a_space_are_copies_of_it_where_one_weight_reads_them(
     feeds: Callable[..., dict[str, Tensor]],
 ) -> None:
-    program = parsed(
-        "x: f64[2, 5, 12]", "w: f64[2, 4, 6], o: f64[3, 8]", f"{HEADS}\ny = aten.linear.default(m, o)"
-    )
+    program = parsed("x: f64[2, 5, 12]", "w: f64[2, 4, 6], o: f64[3, 8]", f"{SHARED}\ny = aten.linear.default(m, o)")
     spaces = channel_spaces(program)
     (space,) = spaces[Level.LINEAR]
     assert space.sinks[0].positions.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

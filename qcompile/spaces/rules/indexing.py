@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.pointwise import summed
 from qcompile.spaces.walk import Walk, sizes
-from qcompile.spaces.wires import Ids
 
 aten = torch.ops.aten
 

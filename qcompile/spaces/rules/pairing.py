@@ -8,9 +8,10 @@ import numpy as np
 from torch import fx
 
 from qcompile.ir.types import Dim
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Axis, Layout, plain
 from qcompile.spaces.walk import Kind, Use, Walk, sizes
-from qcompile.spaces.wires import EVERY, MIXING, Ids, Level
+from qcompile.spaces.wires import EVERY, MIXING, Level
 
 
 @dataclass(frozen=True, eq=False)

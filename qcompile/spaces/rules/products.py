@@ -13,13 +13,14 @@ from qcompile.ir.contractions import Contraction
 from qcompile.ir.moves import rank
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout, along
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.indexing import wires_along
 from qcompile.spaces.rules.pairing import Operand, multiplied
 from qcompile.spaces.rules.pointwise import summed
 from qcompile.spaces.walk import Use, Walk, sizes
-from qcompile.spaces.wires import MIXING, VECTOR, Ids, Level
+from qcompile.spaces.wires import MIXING, VECTOR, Level
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default)

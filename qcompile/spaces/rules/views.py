@@ -229,9 +229,7 @@ def reorder(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
             layout = None
         else:
             places = np.arange(count)
-            layout = layout.taken(
-                axis, places[::-1] if shift is None else np.roll(places, shift), walk.spread(node)
-            )
+            layout = layout.taken(axis, places[::-1] if shift is None else np.roll(places, shift), walk.spread(node))
     return layout or walk.barrier(node, "reorders channels by a varying number")
 
 
