@@ -185,8 +185,8 @@ _SPACE_FAULTS = (
     ),
     Fault(
         f"{_SPACES}/wires.py",
-        "flat, self._of_vectors(keys, flat))",
-        "flat, keys)",
+        "add(where, self._of_vectors(keys, self.instance[where]))",
+        "add(where, keys)",
         "wires of several vectors may be mixed",
     ),
     Fault(

@@ -103,8 +103,10 @@ def safe(factors: Tensor) -> Tensor:
 
 
 def column_peaks(program: Program, weight: fx.Node, axis: int) -> Tensor:
-    """max |W| of each index of one axis: float64."""
+    """max |W| of each index of one axis: float64; 0 where there is nothing."""
     tensor = program.weight(weight)
+    if tensor.numel() == 0:
+        return torch.zeros(tensor.shape[axis], dtype=torch.float64)
     return tensor.abs().amax([i for i in range(tensor.ndim) if i != axis]).double()
 
 

@@ -17,6 +17,7 @@ from qcompile.errors import QCompileError, RecipeError
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill, run
 from qcompile.pass_base import Report, parse_pass
+from qcompile.passes.scale.readers import column_peaks
 
 aten = torch.ops.aten
 
@@ -259,3 +260,13 @@ def test_outliers_in_activations_are_smoothed(embedded: Callable[[str], Program]
 
 def _feeds(program: Program, ids: Tensor) -> dict[str, Tensor]:
     return fill(program, {"input_ids": ids})
+
+
+def test_a_weight_without_rows_has_peaks_of_zero() -> None:
+    program = Program.parse(
+        """def main(x: f64[batch, 3], *, w: f64[0, 3]):
+    y = aten.linear.default(x, w)
+    return {"y": y}"""
+    )
+    (node,) = program.weight_nodes
+    assert column_peaks(program, node, 1).tolist() == [0.0, 0.0, 0.0]
