@@ -23,12 +23,15 @@ from qcompile.ir.program import Program
 
 FOLDED = "fold-norm-affine, center-norm"
 ROTATED = f"{FOLDED}, rotate(qk=true, orphans=true)"
+JOINT = f"{FOLDED}, rotate(qk=true, orphans=true, joint=true)"
 TREATMENTS = {
     "nothing": "",
     "folded": FOLDED,
     "smooth": "smooth",
     "R1, R2": f"{FOLDED}, rotate",
     "R1, R2, R3, R4": ROTATED,
+    "R1–R4, heads jointly": JOINT,
+    "equalize, R1, R2, R3, R4": f"equalize, {ROTATED}",
     "smooth, R1, R2, R3, R4": f"smooth, {ROTATED}",
 }
 SCHEMES = {
