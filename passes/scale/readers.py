@@ -44,6 +44,8 @@ class Reader:
 
     def of_input(self, program: Program, vector: Tensor) -> Tensor:
         """Entries of a vector along the input's channels, as ``[copies, width]``; the weight may have more of them."""
+        if self.product.groups > 1 and self.placement.use.axis == self.product.axis_in:  # not depthwise
+            return self.of_weight(vector.reshape(self.product.groups, -1).amax(0))
         places = read_part(program, self.product)
         if places is None:
             return self.of_weight(vector)

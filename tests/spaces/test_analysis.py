@@ -196,6 +196,30 @@ def test_outputs_of_a_grouped_convolution(groups: int, widths: list[int]) -> Non
     assert found == (widths if groups < 8 else [])
 
 
+@pytest.mark.parametrize("level", [Level.PERMUTATION, Level.DIAGONAL, Level.LINEAR])
+def test_groups_of_a_convolution_share_what_they_read(level: Level, feeds: Callable[..., dict[str, Tensor]]) -> None:
+    body = """h = aten.conv1d.default(i, w, b)
+              y = aten.conv1d.default(h, o, None, [1], [1], [1], 2)"""
+    program = parsed("i: f64[batch, 3, sequence]", "w: f64[8, 3, 1], b: f64[8], o: f64[6, 4, 3]", body)
+    spaces = channel_spaces(program)
+    assert shown(spaces, Level.LINEAR) == ["4: source h, source b, sink y"]
+    (space,) = spaces[level]
+    assert [p.positions.tolist() for p in space.sinks] == [[[0, 1, 2, 3]]]
+    assert [p.positions.tolist() for p in space.sources] == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 2
+    given = feeds(program)
+    before, old = program.run(given), program.weights["o"]
+    edits = Edits(spaces, Report())
+    if level is Level.PERMUTATION:
+        edits.permute(space, torch.tensor([2, 0, 3, 1]))
+    elif level is Level.DIAGONAL:
+        edits.scale(space, torch.tensor([0.5, 3, 2, 0.25], dtype=torch.float64))
+    else:
+        edits.rotate(space, RandomOrthogonal(4, 1))
+    edits.commit()
+    assert drift(program.run(given), before) <= 1e-13
+    assert not torch.equal(program.weights["o"], old)
+
+
 def test_a_stream_has_norms_or_several_ends() -> None:
     body = """a = aten.embedding.default(t, ids)
               n = aten.rms_norm.default(a, [4], None, 0.01)

@@ -53,7 +53,9 @@ CONVOLUTIONS = (
     " x and y are paired, T and T⁻ᵀ",
 )
 @rule(
-    *CONVOLUTIONS, says="a linear on its channel axis; channel by channel (depthwise): diagonals and permutations pass"
+    *CONVOLUTIONS,
+    says="a linear on its channel axis; in groups: what it reads has one T for all of them, what it makes one for each;"
+    " channel by channel (depthwise): diagonals and permutations pass",
 )
 def contract(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     found = walk.contractions.get(node)
@@ -75,10 +77,11 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
         return walk.barrier(node, "sums over channels and tokens at once")
     shape = c.weight.meta["val"].shape
     depthwise = c.groups > 1 and shape[c.axis_in] == 1 and rows.shape[1] == c.groups == shape[c.axis_out]
-    if c.groups > 1 and not depthwise:
-        walk.stop(layout, node, f"convolves {c.groups} groups of channels, each with its own weight")
-    elif layout.has_wires and rows.shape[1] > 0:
-        places = None if depthwise else part_of(walk.program, c, c.axis_in, rows.shape[1])
+    if layout.has_wires and rows.shape[1] > 0:
+        grouped = c.groups > 1 and not depthwise
+        if grouped:  # the matrices of all groups stand side by side, over one axis of inputs
+            rows = rows.reshape(len(rows) * c.groups, -1)
+        places = None if depthwise or grouped else part_of(walk.program, c, c.axis_in, rows.shape[1])
         if isinstance(places, str):
             return walk.barrier(node, places)
         _sink(walk, node, c, rows, depthwise, places)
