@@ -56,6 +56,12 @@ def theirs(python: str, options: tuple[str, ...]) -> dict[str, dict[str, object]
     return {row["family"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
+def _drift(found: dict[str, object]) -> str:
+    if "drift" not in found:
+        return "—"
+    return f"{found['drift']:.0e}" if found["changed"] else "nothing changed"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default="BREVITAS/bin/python", help="that of the environment that has Brevitas")
@@ -67,8 +73,7 @@ def main() -> None:
     for name in FAMILIES:
         row: dict[str, object] = {"family": name}
         for variant, found in peer.items():
-            drift = found[name].get("drift")
-            row[f"Brevitas {variant}: drift"] = "—" if drift is None else f"{drift:.0e}"
+            row[f"Brevitas {variant}: drift"] = _drift(found[name])
         seconds = peer["as it comes"][name].get("seconds")
         row["s"] = "—" if seconds is None else f"{seconds:.2f}"
         rows.append(row | ours(name))
@@ -90,8 +95,8 @@ values; *s* is of that call, which finds regions by tracing the model. qcompile:
 capture traces the model, the passes follow. Each is timed when a run before has loaded what it needs.
 
 Failures of Brevitas here: {failed}.
-A model that does not run in float64 in its environment is no finding about it, and where logits differ by 100% it may be
-how the entry point is called here, without the rest of its program."""
+A model that does not run in float64 in its environment is no finding about it, and where logits differ by 100% it may
+be how the entry point is called here, without the rest of its program."""
 
 
 if __name__ == "__main__":
