@@ -159,10 +159,10 @@ rotated once. The recovery is a quotient of small numbers there, some 0.01 to 0.
 
 *inputs* is where rotation falls short. A scaled channel is no rotated one: an orthogonal T keeps the length of a
 vector, so what 4 channels have too much is spread over all n, and the step of the rounding stays larger, by something
-like √(1 + gain²·4/n): 4 times in a hidden layer of 256, and 11 times in a head of 32. To rotate all heads together
-leaves less. Further than that no orthogonal T goes: only a diagonal undoes a diagonal. `equalize` finds this one because
-it was put into the weights on both sides; outliers that a model has learned need not show there, and `smooth` looks at
-data."""
+like √(1 + gain²·4/n): 4 times in a hidden layer of 256. The 4 channels of the values fall on some heads; to rotate all
+heads together spreads them over all channels, and leaves less. Only a diagonal undoes a diagonal. `equalize` finds this
+one because it was put into the weights on both sides; outliers that a model has learned need not show there, and
+`smooth` looks at data."""
 
 
 if __name__ == "__main__":
