@@ -48,7 +48,10 @@ _NORM_FAULTS = (
         "less its mean over any axis is taken for centred",
     ),
     Fault(
-        f"{_NORM}/fold_norm_affine.py", "(old.double() + extra)", "(old.double() - extra)", "W·β is taken off the bias"
+        f"{_NORM}/fold_norm_affine.py",
+        "add_to_bias(program, c, _shift_of(",
+        "add_to_bias(program, c, -_shift_of(",
+        "W·β is taken off the bias",
     ),
     Fault(
         f"{_NORM}/fold_norm_affine.py",
@@ -167,8 +170,8 @@ _SPACE_FAULTS = (
     ),
     Fault(
         f"{_SPACES}/space.py",
-        "    if sign is None:\n        fits &=",
-        "    if sign is not None:\n        fits &=",
+        "    if inverse is None:\n        fits &=",
+        "    if inverse is not None:\n        fits &=",
         "copies may take their channels from each other",
     ),
     Fault(
@@ -185,8 +188,8 @@ _SPACE_FAULTS = (
     ),
     Fault(
         f"{_SPACES}/wires.py",
-        "flat, self._of_vectors(keys, flat))",
-        "flat, keys)",
+        "add(where, self._of_vectors(keys, self.instance[where]))",
+        "add(where, keys)",
         "wires of several vectors may be mixed",
     ),
     Fault(
@@ -269,8 +272,8 @@ _RULE_FAULTS = (
 _HADAMARD_FAULTS = (
     Fault(
         f"{_HADAMARD}/rotation.py",
-        "(None, signs) if inverse else (signs, None)",
-        "(signs, None) if inverse else (None, signs)",
+        "Transform(matrices, None, signs) if inverse else Transform(matrices, signs)",
+        "Transform(matrices, signs) if inverse else Transform(matrices, None, signs)",
         "signs stand on the other side of H",
     ),
     Fault(

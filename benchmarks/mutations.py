@@ -30,8 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info", "results")
 RANDOM = "tests/spaces/test_random_programs.py"
 NEAR: dict[str, tuple[str, ...]] = {  # by folder or file, the first that fits: the tests that are likely to see a fault
-    "passes/norm/raise": ("tests/passes/norm/test_raise_other_norms.py",),
-    "passes/norm/spelled": ("tests/passes/norm/test_raise_other_norms.py", "tests/passes/norm/test_raise_norms.py"),
+    "passes/norm/raise": ("tests/passes/norm/test_raise_other_norms.py", "tests/passes/norm/test_raise_spellings.py"),
+    "passes/norm/spelled": (
+        "tests/passes/norm/test_raise_other_norms.py",
+        "tests/passes/norm/test_raise_spellings.py",
+        "tests/passes/norm/test_raise_norms.py",
+    ),
     "passes/norm": (),
     "passes/rotate/scores": ("tests/passes/rotate/test_online.py",),
     "passes/rotate/inputs": ("tests/passes/rotate/test_online.py",),
@@ -44,7 +48,12 @@ NEAR: dict[str, tuple[str, ...]] = {  # by folder or file, the first that fits: 
         "tests/passes/norm/test_center_norm.py",
         "tests/passes/scale/test_equalize.py",
     ),
-    "spaces": ("tests/spaces/test_analysis.py", "tests/spaces/test_rules_between.py", "tests/spaces/test_layout.py"),
+    "spaces": (
+        "tests/spaces/test_analysis.py",
+        "tests/spaces/test_vectors.py",
+        "tests/spaces/test_rules_between.py",
+        "tests/spaces/test_layout.py",
+    ),
     "hadamard": ("tests/hadamard",),
 }
 

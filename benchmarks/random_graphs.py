@@ -240,6 +240,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3000, help="programs")
     parser.add_argument("--seed", type=int, default=0, help="the first program's")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more programs after so long")
     parser.add_argument("--pipeline", action="append", help="run this one (again for more) instead of all")
     parser.add_argument("--show", type=int, default=5, help="failures of different kinds to make small and print")
     parser.add_argument("--tries", type=int, default=200, help="plainer programs to try for each of them")
@@ -252,8 +253,11 @@ def main() -> int:
         for done, part in enumerate(pool.map(look, parts, [pipelines] * len(parts)), 1):
             seen.add(part)
             print(f"\r{done} of {len(parts)} parts, {len(seen.failures)} failures", end="", file=sys.stderr, flush=True)
+            if time.perf_counter() - start > options.seconds:
+                pool.shutdown(cancel_futures=True)
+                break
     print(file=sys.stderr)
-    show(seen, options.count, options.seed, time.perf_counter() - start)
+    show(seen, seen.pipelines[ANALYSIS].programs, options.seed, time.perf_counter() - start)
     explain(seen.failures, options.show, options.tries)
     return 1 if seen.failures else 0
 

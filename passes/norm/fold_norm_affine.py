@@ -29,7 +29,7 @@ from qcompile.pass_base import Pass, Report, place, register
 from qcompile.passes.norm.affine import NORMS, affine, computed, tell
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space, channel_spaces
 from qcompile.spaces.apply import Edits
-from qcompile.spaces.wires import Ids
+from qcompile.spaces.forest import Ids
 
 aten = torch.ops.aten
 _SMALLEST = 1e-6  # of the largest gain: what is divided by less would grow out of proportion

@@ -33,7 +33,7 @@ class InjectInputOutliers(Pass):
     Channels that a norm makes are for inject-outliers, those of the stream for inject-stream-outliers.
 
     Args:
-        channels: how many channels of each space: of a hidden layer, or of a head.
+        channels: how many channels of each space: of a hidden layer, or of all values of a layer.
         gain: their factor.
         seed: which channels.
     """

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qcompile.spaces import ChannelSpaces, Level, Placement, Space
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
-from qcompile.spaces.wires import Ids
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,16 @@ projection, head by head (R2). Both are folded into weights and cost nothing whe
 behind the rotary embedding (R3), and `orphans`: whatever else a product reads, such as the down-projection's input
 (R4), get a `qcompile::hadamard` in front of them.
 
+What a rotation spreads, it spreads over its own channels: over few of them, in a narrow head. `joint` rotates all heads
+together in front of the output projection instead, when the model runs.
+
 Exact. A space that its operators forbid to rotate is reported with the operator: fold-norm-affine and center-norm come
 first. QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) have the four places.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -39,6 +43,7 @@ class Rotate(Pass):
     Args:
         stream, heads: fused rotations R1 and R2.
         qk, orphans: online rotations R3 and R4.
+        joint: R2 online, over all heads that a product reads; a cache then holds values as they were.
         mode: a Hadamard matrix with random signs, without, or a random orthogonal matrix. What is online is always a
             Hadamard matrix without signs.
         block: rotate runs of so many channels by themselves; null for whole spaces.
@@ -53,6 +58,7 @@ class Rotate(Pass):
     heads: bool = True
     qk: bool = False
     orphans: bool = False
+    joint: bool = False
     mode: Literal["hadamard", "signed-hadamard", "random"] = "signed-hadamard"
     block: int | None = None
     seed: int = 0
@@ -64,9 +70,10 @@ class Rotate(Pass):
         edits = Edits(spaces, report)
         counts = {"R1": 0, "R2": 0, "R3": 0, "R4": 0}
         heads: dict[int, Rotation] = {}
+        joint = _several_heads(spaces) if self.joint and self.heads else set()
         for space in spaces[Level.ORTHOGONAL]:
             which = "R1" if space.is_stream else "R2"
-            if (reason := self._passed_over(space)) is not None:
+            if (reason := self._passed_over(space, joint)) is not None:
                 fates[space] = left_alone(reason)
                 continue
             try:
@@ -84,6 +91,9 @@ class Rotate(Pass):
         edits.commit()
         if self.qk:
             counts["R3"] = rotate_scores(program, self.block, report)
+        if joint:
+            others = {c.node for c in find_contractions(program)} - joint
+            counts["R2"] += rotate_inputs(program, online_products(program, report, others), self.block, report)
         if self.orphans:
             fixed = {p.node for s in spaces[Level.ORTHOGONAL] if s.width > 1 for p in s.sinks}
             counts["R4"] = rotate_inputs(program, online_products(program, report, fixed), self.block, report)
@@ -91,10 +101,12 @@ class Rotate(Pass):
         report.spaces = account(spaces, found, Level.ORTHOGONAL, fates, _online(program))
         return report
 
-    def _passed_over(self, space: Space) -> str | None:
+    def _passed_over(self, space: Space, joint: set[fx.Node]) -> str | None:
         """Why a space that may be rotated is not."""
         if not space.sinks:
             return "no product reads it"
+        if not space.is_stream and any(p.node in joint for p in space.sinks):
+            return "joint=true rotates it with the other heads"
         if not (self.stream if space.is_stream else self.heads):
             return f"{'stream' if space.is_stream else 'heads'}=false"
         return "one channel has nothing to mix with" if space.width == 1 else None
@@ -116,6 +128,16 @@ class Rotate(Pass):
             if reasons not in said:
                 said.add(reasons)
                 report.skip(use.node, reasons)
+
+
+def _several_heads(spaces: ChannelSpaces) -> set[fx.Node]:
+    """Products that read several vectors side by side, and whatever else reads one of those."""
+    heads = [s for s in spaces[Level.ORTHOGONAL] if s.width > 1 and not s.is_stream]
+    copies = Counter[fx.Node]()
+    for p in (p for space in heads for p in space.sinks):
+        copies[p.node] += len(p.positions)
+    several = [s for s in heads if any(copies[p.node] > 1 for p in s.sinks)]
+    return {p.node for space in several for p in space.sinks}
 
 
 def _online(program: Program) -> set[str]:

@@ -125,5 +125,8 @@ class Simulation:
         for axis, factors in self.factors[use.weight, use.node].items():
             tensor = tensor * factors.to(tensor).reshape([-1 if i == axis else 1 for i in range(tensor.ndim)])
         rows = tensor.movedim(use.axis, 0).reshape(tensor.shape[use.axis], -1)
-        ranges = rows.abs().amax(1) if self.measure == "absmax" else rows.square().mean(1).sqrt()
+        if rows.shape[1] == 0:  # of a product that makes nothing, or reads nothing
+            ranges = rows.new_zeros(len(rows))
+        else:
+            ranges = rows.abs().amax(1) if self.measure == "absmax" else rows.square().mean(1).sqrt()
         return ranges.double()[torch.from_numpy(placement.positions)]

@@ -15,9 +15,9 @@ from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces import ChannelSpaces, Level, Limit, Placement, Space
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.rules.products import part_of
-from qcompile.spaces.wires import Ids
 
 QUANTIZED_ROLES: tuple[Role, ...] = ("linear", "expert", "convolution")
 """Products that recipes quantize unless they say otherwise: heads and routers stay float."""
@@ -44,6 +44,8 @@ class Reader:
 
     def of_input(self, program: Program, vector: Tensor) -> Tensor:
         """Entries of a vector along the input's channels, as ``[copies, width]``; the weight may have more of them."""
+        if self.product.groups > 1 and self.placement.use.axis == self.product.axis_in:  # not depthwise
+            return self.of_weight(vector.reshape(self.product.groups, -1).amax(0))
         places = read_part(program, self.product)
         if places is None:
             return self.of_weight(vector)
@@ -103,8 +105,10 @@ def safe(factors: Tensor) -> Tensor:
 
 
 def column_peaks(program: Program, weight: fx.Node, axis: int) -> Tensor:
-    """max |W| of each index of one axis: float64."""
+    """max |W| of each index of one axis: float64; 0 where there is nothing."""
     tensor = program.weight(weight)
+    if tensor.numel() == 0:
+        return torch.zeros(tensor.shape[axis], dtype=torch.float64)
     return tensor.abs().amax([i for i in range(tensor.ndim) if i != axis]).double()
 
 

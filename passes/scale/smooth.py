@@ -34,8 +34,8 @@ from qcompile.passes.scale.readers import (
 from qcompile.passes.scale.watch import Peaks, Watched, watch
 from qcompile.spaces import Level, Space, channel_spaces
 from qcompile.spaces.apply import Edits
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.show import account, describe, left_alone
-from qcompile.spaces.wires import Ids
 
 
 @register

@@ -12,11 +12,13 @@ from torch import Tensor, fx
 from qcompile.ir.program import Program
 from qcompile.ir.state import state_pairs
 from qcompile.spaces import rules
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import RULES
+from qcompile.spaces.sites import Keys
 from qcompile.spaces.space import Groups, Placement, Space, placements
 from qcompile.spaces.walk import Triple, Use, Walk, no_wires, sizes
-from qcompile.spaces.wires import EVERY, Ids, Keys, Level, Limit, Wires
+from qcompile.spaces.wires import EVERY, Level, Limit, Wires
 
 assert rules  # importing it fills the table
 

@@ -24,9 +24,9 @@ from qcompile.ir.moves import moved
 from qcompile.ir.program import Program
 from qcompile.pass_base import Report
 from qcompile.spaces.analysis import ChannelSpaces
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.space import Placement, Space
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import Ids
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,17 +7,19 @@ wires, such as a mask, has a layout too: where it varies is where it treats elem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import sympy
 
 from qcompile.ir.types import Dim
-from qcompile.spaces.wires import Ids
+from qcompile.spaces.forest import Ids
 
 Axis = tuple[Dim, ...]
+Spread: TypeAlias = Callable[[Ids, Ids], Ids]
+"""Wires of their own for several vectors that stand side by side: those of one, as often, and the number of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +58,12 @@ class Layout:
         """Whether anything differs along an axis of the tensor."""
         return any(self.varies[i] for i in self.atoms(axis))
 
-    def flat(self, axis: int) -> Layout | None:
-        """The same with one atom for `axis`; None where wires vary along a part of it that has no fixed size."""
+    def flat(self, axis: int, spread: Spread | None = None) -> Layout | None:
+        """The same with one atom for `axis`; None where wires vary along a part of it that has no fixed size.
+
+        Where the axis holds the vectors of several tokens, one behind the other, `spread` gives each its wires: what
+        cuts such an axis must know them apart. Without it they are on the same wires.
+        """
         atoms = self.atoms(axis)
         if len(atoms) == 1:
             return self
@@ -69,7 +75,7 @@ class Layout:
                 return None
             shape = list(ids.shape)
             shape[atoms.start : atoms.stop] = [int(s) for s in sizes]
-            ids = np.broadcast_to(ids, shape)
+            ids = _wide(ids, shape, self.varies, spread)
             width = int(np.prod(shape[atoms.start : atoms.stop]))
         else:
             width = 1
@@ -77,11 +83,11 @@ class Layout:
         axes = (*self.axes[:axis], (product(sizes),), *self.axes[axis + 1 :])
         return Layout(axes, ids, (*self.varies[: atoms.start], varies, *self.varies[atoms.stop :]), self.zero)
 
-    def all_flat(self) -> Layout | None:
+    def all_flat(self, spread: Spread | None = None) -> Layout | None:
         """The same with one atom for every axis."""
         result: Layout | None = self
         for axis in range(self.rank):
-            result = result.flat(axis) if result is not None else None
+            result = result.flat(axis, spread) if result is not None else None
         return result
 
     def permuted(self, order: Sequence[int]) -> Layout:
@@ -104,9 +110,9 @@ class Layout:
             self.zero,
         )
 
-    def taken(self, axis: int, index: Any) -> Layout | None:
+    def taken(self, axis: int, index: Any, spread: Spread | None = None) -> Layout | None:
         """Entries of one axis: those of `index`, an array; wires that do not vary along it stay."""
-        flat = self.flat(axis)
+        flat = self.flat(axis, spread)
         if flat is None:
             return None
         (place,) = flat.atoms(axis)
@@ -180,8 +186,21 @@ def same(a: Dim, b: Dim) -> bool:
     return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 
-def viewed(layout: Layout, shape: Sequence[Dim]) -> Layout | None:
-    """The same elements in the same order in another shape; None where wires would end up at no fixed place."""
+def _wide(ids: Ids, shape: list[int], varies: Sequence[bool], spread: Spread | None) -> Ids:
+    """Wires in a larger shape; what differs along an axis on which wires do not is spread."""
+    wide = np.broadcast_to(ids, shape)
+    apart = [size if v and old == 1 else 1 for v, old, size in zip(varies, ids.shape, shape, strict=True)]
+    count = int(np.prod(apart))
+    if spread is None or count == 1:
+        return wide
+    return spread(wide, np.broadcast_to(np.arange(count).reshape(apart), shape))
+
+
+def viewed(layout: Layout, shape: Sequence[Dim], spread: Spread | None = None) -> Layout | None:
+    """The same elements in the same order in another shape; None where wires would end up at no fixed place.
+
+    Where the new axes cut across the vectors of several tokens, `spread` gives each its wires.
+    """
     atoms = [(size, i) for i, size in enumerate(a for axis in layout.axes for a in axis)]
     pieces = _cut([(s, layout.ids.shape[i] > 1, layout.varies[i]) for s, i in atoms], list(shape))
     if pieces is None:
@@ -191,7 +210,7 @@ def viewed(layout: Layout, shape: Sequence[Dim]) -> Layout | None:
     form: list[int] = []
     varies: list[bool] = []
     for run in pieces:
-        recut = _recut(ids, len(form), run)
+        recut = _recut(ids, len(form), run, spread)
         if recut is None:
             return None
         ids, sizes, wires, flags = recut
@@ -239,7 +258,9 @@ def _less(left: Any, right: Any) -> bool:
     return bool(sympy.fraction(sympy.cancel(right / left))[1] == 1)
 
 
-def _recut(ids: Ids, done: int, run: _Run) -> tuple[Ids, list[Axis], list[int], list[bool]] | None:
+def _recut(
+    ids: Ids, done: int, run: _Run, spread: Spread | None
+) -> tuple[Ids, list[Axis], list[int], list[bool]] | None:
     """Take one run apart: `ids` has its axes from `done` on; those before are recut already."""
     width = len(run.atoms)
     head, tail = list(ids.shape[:done]), list(ids.shape[done + width :])
@@ -260,6 +281,8 @@ def _recut(ids: Ids, done: int, run: _Run) -> tuple[Ids, list[Axis], list[int], 
         )
     if not all(isinstance(s, int) for s, _, _ in run.atoms):
         return None
-    ids = np.broadcast_to(ids, [*head, *(int(s) for s, _, _ in run.atoms), *tail])
+    flags = [v for _, _, v in run.atoms]
+    shape = [*head, *(int(s) for s, _, _ in run.atoms), *tail]
+    ids = _wide(ids, shape, [False] * len(head) + flags + [False] * len(tail), spread)
     wires = [int(s) for s in run.axes]
     return ids.reshape([*head, *wires, *tail]), [(s,) for s in run.axes], wires, [s != 1 for s in run.axes]

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from qcompile.spaces.forest import Forest, Ids
+from qcompile.spaces.sites import Keys
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import Forest, Ids, Keys, Level
+from qcompile.spaces.wires import Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ class Groups:
         first, lengths, sizes = first[order], lengths[order], sizes[sizes >= least]
         ends = np.cumsum(lengths)
         members = classes[np.repeat(first - ends + lengths, lengths) + np.arange(lengths.sum())]
-        index = np.full(count, -1, np.int64)
+        index = np.full(count, -1, np.int32)
         index[members] = np.arange(len(members))
         return cls(members, np.append(0, np.cumsum(sizes)), index)
 

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from qcompile.ir.contractions import Contraction, Embedding, Obstacle, survey
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim, dim_expr
-from qcompile.spaces.layout import Layout, plain
-from qcompile.spaces.wires import EVERY, MIXING, Ids, Level, Wires
+from qcompile.spaces.forest import Ids
+from qcompile.spaces.layout import Layout, Spread, plain
+from qcompile.spaces.wires import EVERY, MIXING, Level, Wires
 
 Kind = Literal["source", "sink", "norm", "query", "key", "state", "output"]
 
@@ -149,6 +150,24 @@ class Walk:
         self.wires.same_copy(old, new)
         self.wires.together(MIXING, old, self.wires.event(node, "moves whole vectors"))
         return layout.with_ids(new)
+
+    def copies(self, ids: Ids, rows: Ids) -> Ids:
+        """New wires that move as `ids` do, for other vectors in each of `rows`."""
+        wired = ids >= 0
+        vectors = np.where(wired, self.wires.instance[ids] * (rows.max() + 1) + rows, -1)
+        new = np.where(wired, self.wires.fresh(vectors), -1)
+        self.wires.join(ids, new)
+        self.wires.same_copy(ids, new)
+        return new
+
+    def spread(self, node: fx.Node) -> Spread:
+        """What knows the vectors of several tokens apart that stand side by side on an axis."""
+
+        def of(ids: Ids, rows: Ids) -> Ids:
+            self.wires.together(MIXING, ids, self.wires.event(node, "vectors side by side"))
+            return self.copies(ids, rows)
+
+        return of
 
     def collapsed(self, ids: Ids, place: int, node: fx.Node) -> Ids:
         """Wires along an axis of `ids` move alike: it has length 1 then."""

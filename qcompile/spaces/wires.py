@@ -11,16 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import fx
 
-Ids: TypeAlias = NDArray[np.int64]
-Keys: TypeAlias = NDArray[np.uint64]
-Edge: TypeAlias = tuple[Ids, Ids]  # flat; a[i] and b[i] belong together
-Number = TypeVar("Number", bound=np.generic)
+from qcompile.spaces.forest import Edge, Forest, Ids, with_room
+from qcompile.spaces.sites import Keys, Sites, mix, ranks, run
 
 
 class Level(IntEnum):
@@ -48,91 +44,6 @@ class Limit:
         return f"{self.node.name}: {self.reason}"
 
 
-class Forest:
-    """Union-find over arrays of wires: the root of a tree is its first wire.
-
-    With `signed`, an edge may say that one scale is the inverse of the other's.
-    """
-
-    def __init__(self, signed: bool = False, room: int = 0) -> None:
-        self.count = 0
-        self.parent: Ids = np.zeros(room, np.int64)
-        self.sign: NDArray[np.int8] | None = np.zeros(room, np.int8) if signed else None
-        self.flat = True  # every parent is a root
-
-    @classmethod
-    def of(cls, count: int, edges: list[Edge], start: Forest | None = None) -> Forest:
-        """The trees of `count` wires that `edges` join, on top of those of `start`; every parent is a root."""
-        forest = cls()
-        if start is not None:
-            start.flatten()
-        forest.parent = np.arange(count) if start is None else start.parent[:count].copy()
-        forest.count = count
-        for a, b in edges:
-            forest.join(a, b)
-        forest.flatten()
-        return forest
-
-    def grow(self, count: int) -> None:
-        """Make room for wires up to `count`; new ones are trees of their own."""
-        have = self.count
-        if count > have:
-            self.parent = with_room(self.parent, count)
-            self.parent[have:count] = np.arange(have, count)
-            if self.sign is not None:
-                self.sign = with_room(self.sign, count)
-                self.sign[have:count] = 1
-            self.count = count
-
-    def find(self, ids: Ids) -> Ids:
-        """The root of each wire."""
-        return self.find_signed(ids)[0]
-
-    def find_signed(self, ids: Ids) -> tuple[Ids, NDArray[np.int8] | None]:
-        """The root of each wire, and the exponent (1 or -1) of the root's scale that the wire's is."""
-        root = self.parent[ids]
-        sign = None if self.sign is None else self.sign[ids]
-        if self.flat:
-            return root, sign
-        moved = False
-        while not np.array_equal(above := self.parent[root], root):
-            if sign is not None and self.sign is not None:
-                sign = sign * self.sign[root]
-            root, moved = above, True
-        if moved:
-            self.parent[ids] = root
-            if sign is not None and self.sign is not None:
-                self.sign[ids] = sign
-        return root, sign
-
-    def flatten(self) -> None:
-        """Make every parent a root."""
-        parent = self.parent[: self.count]
-        low = None if self.flat else np.nonzero(parent[parent] != parent)[0]
-        if low is not None and low.size:
-            self.find_signed(low)
-        self.flat = True
-
-    def join(self, a: Ids, b: Ids, inverse: bool = False) -> Ids:
-        """Put a[i] and b[i] in one tree; returns the roots of wires that would be the inverse of themselves."""
-        a, b = a.ravel(), b.ravel()
-        while True:
-            (ra, ea), (rb, eb) = self.find_signed(a), self.find_signed(b)
-            apart = ra != rb
-            if not apart.any():
-                break
-            whole = bool(apart.all())
-            low, high = np.minimum(ra, rb), np.maximum(ra, rb)
-            self.parent[high if whole else high[apart]] = low if whole else low[apart]
-            self.flat = False
-            if self.sign is not None and ea is not None and eb is not None:
-                between = ea * eb * np.int8(-1 if inverse else 1)
-                self.sign[high if whole else high[apart]] = between if whole else between[apart]
-        if ea is None or eb is None:
-            return np.empty(0, np.int64)
-        return np.asarray(ra[ea * eb != (-1 if inverse else 1)])
-
-
 @dataclass
 class Wires:
     """All wires of a program and what is known of them."""
@@ -142,18 +53,18 @@ class Wires:
     count: int = 0
     instances: int = 0
     instance: Ids = field(init=False)  # wires of one vector at one position share it
-    row: Keys = field(init=False)  # which rows of operators a wire was in
     events: list[Limit] = field(default_factory=list)
     _alike: Forest = field(init=False)  # what moves alike at every level
     _scales: Forest = field(init=False)  # the forest of diagonals
     _edges: dict[Level, list[Edge]] = field(default_factory=lambda: {level: [] for level in MIXING})  # besides `_alike`
     _copies: list[Edge] = field(default_factory=list)
     _forests: dict[Level, Forest] = field(default_factory=dict)  # made when asked for, until more is joined
-    _sums: dict[tuple[Level, ...], Keys] = field(default_factory=dict)  # for each wire, of the keys of where it occurs
+    _sites: dict[tuple[Level, ...], Sites] = field(default_factory=dict)  # where wires occur, for these levels
+    _rows: Sites = field(default_factory=Sites)  # in which rows of operators they were
     _limits: dict[Level, list[tuple[Ids, int]]] = field(default_factory=lambda: {level: [] for level in EVERY})
 
     def __post_init__(self) -> None:
-        self.instance, self.row = np.zeros(self.room, np.int64), np.zeros(self.room, np.uint64)
+        self.instance = np.zeros(self.room, np.int64)
         self._alike, self._scales = Forest(room=self.room), Forest(signed=True, room=self.room)
 
     def fresh(self, vectors: Ids) -> Ids:
@@ -164,7 +75,7 @@ class Wires:
         self._forests.clear()
         for forest in (self._alike, self._scales):
             forest.grow(self.count)
-        self.instance, self.row = with_room(self.instance, self.count), with_room(self.row, self.count)
+        self.instance = with_room(self.instance, self.count)
         numbers = ranks(vectors.ravel())
         self.instance[have : self.count] = self.instances + numbers
         self.instances += int(numbers.max()) + 1
@@ -206,31 +117,25 @@ class Wires:
         """Only wires of one row (and of one vector) may be mixed with each other."""
         kept = ids >= 0
         flat = ids.ravel() if kept.all() else ids[kept]
-        where = np.asarray(rows, np.int64)
-        keys = mix(_distinct(where).astype(np.uint64) + np.uint64((event + 1) << 32))
+        where, numbers = run(flat), np.asarray(rows, np.int64)
+        keys = mix(_distinct(numbers).astype(np.uint64) + np.uint64((event + 1) << 32))
         keys = keys.ravel() if keys.size == 1 else np.broadcast_to(keys, ids.shape)[kept]
-        if where.size > 1:
-            np.add.at(self.row, flat, mix(keys))
+        if numbers.size > 1:
+            self._rows.add(where, mix(keys))
         mixing = tuple(level for level in levels if level in MIXING)
-        if mixing:
-            self._occur(mixing, flat, self._of_vectors(keys, flat))
+        if mixing and flat.size:
+            self._sites.setdefault(mixing, Sites()).add(where, self._of_vectors(keys, self.instance[where]))
         if Level.DIAGONAL in levels:
-            self._occur((Level.DIAGONAL,), flat, keys)
+            self._sites.setdefault((Level.DIAGONAL,), Sites()).add(where, keys)
 
-    def _of_vectors(self, keys: Keys, ids: Ids) -> Keys:
+    def _of_vectors(self, keys: Keys, vectors: Ids) -> Keys:
         """Keys that differ from vector to vector."""
-        vectors = self.instance[ids]
-        if keys.size == 1 and ids.size:
-            low, high = int(vectors.min()), int(vectors.max())
-            if high - low < ids.size // 4:
-                return mix(keys ^ np.arange(low, high + 1, dtype=np.uint64))[vectors - low]
+        low, high = int(vectors.min()), int(vectors.max())
+        if low == high:
+            return mix(keys ^ np.uint64(low))
+        if keys.size == 1 and high - low < vectors.size // 4:
+            return mix(keys ^ np.arange(low, high + 1, dtype=np.uint64))[vectors - low]
         return mix(keys ^ vectors.astype(np.uint64))
-
-    def _occur(self, levels: tuple[Level, ...], ids: Ids, keys: Keys) -> None:
-        if levels not in self._sums:
-            self._sums[levels] = np.zeros(self.room, np.uint64)
-        sums = self._sums[levels] = with_room(self._sums[levels], self.count)
-        np.add.at(sums, ids, keys)
 
     def same_copy(self, a: Ids, b: Ids) -> None:
         """a[i] and b[i] stand in the same place of the same copy of a vector: what parts one parts the other."""
@@ -238,13 +143,15 @@ class Wires:
 
     def part(self, ids: Ids, event: int, number: int) -> None:
         """These wires are one of several operands: two halves of a vector that are multiplied are no longer one."""
-        self.row[ids[ids >= 0]] += mix(np.array([(event << 8) + number], np.uint64))  # once for each wire
+        where = run(ids[ids >= 0])
+        once = where if isinstance(where, slice) else np.unique(where)
+        self._rows.add(once, mix(np.array([(event << 8) + number], np.uint64)))
 
     def vectors(self) -> Callable[[Ids], Keys]:
         """What gives each wire a number that it shares with the wires of its vector that were in the same rows."""
         copy = Forest.of(self.count, self._copies).parent
         rows = np.zeros(self.count, np.uint64)
-        np.add.at(rows, copy, self.row[: self.count])
+        self._rows.sums(copy, rows)
         step = np.uint64(0x9E3779B97F4A7C15)  # rows are sums of hashes: no two differ by so regular a number
         return lambda ids: rows[copy[ids]] + self.instance[ids].astype(np.uint64) * step
 
@@ -258,7 +165,7 @@ class Wires:
 
     def first_limits(self, level: Level) -> Ids:
         """For each class, at its root, the first event that limits it at `level`; -1 where none does."""
-        found = np.full(self.count, -1, np.int64)
+        found = np.full(self.count, -1, np.int32)
         forest = self._scales if level is Level.DIAGONAL else self.forest(level)
         for ids, event in sorted(self._limits[level], key=lambda limit: -limit[1]):  # the first is written last
             found[forest.find(ids)] = event
@@ -289,10 +196,9 @@ class Wires:
     def signatures(self, level: Level) -> Keys:
         """For each class, at its root, a number that it shares with those that occur wherever it does."""
         signature, roots = np.zeros(self.count, np.uint64), self.roots(level)
-        for levels, sums in self._sums.items():
+        for levels, sites in self._sites.items():
             if level in levels:
-                have = min(len(sums), self.count)  # wires that came later occur nowhere yet
-                np.add.at(signature, roots[:have], sums[:have])
+                sites.sums(roots, signature)
         return signature
 
 
@@ -306,35 +212,3 @@ def _wired(a: Ids, b: Ids) -> Edge:
 def _distinct(x: Ids) -> Ids:
     """One entry along each axis that `x` was broadcast along."""
     return x[tuple(slice(None) if step else slice(1) for step in x.strides)]
-
-
-def with_room(array: NDArray[Number], count: int) -> NDArray[Number]:
-    """The same entries, with zeros behind them, for `count` or more; a longer array at least doubles."""
-    if count <= len(array):
-        return array
-    longer = np.zeros(max(count, 2 * len(array), 4096), array.dtype)
-    longer[: len(array)] = array
-    return longer
-
-
-def ranks(values: Ids) -> Ids:
-    """The place of each value among the distinct ones, in order."""
-    low, high = int(values.min()), int(values.max())
-    if low == high:
-        return np.zeros(values.size, np.int64)
-    if high - low >= 8 * values.size + 1024:
-        return np.unique(values, return_inverse=True)[1].ravel()
-    there = np.zeros(high - low + 1, np.int64)
-    there[values - low] = 1
-    return np.asarray((np.cumsum(there) - 1)[values - low])
-
-
-def mix(x: Keys) -> Keys:
-    """A hash of each number (the finaliser of SplitMix64, Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x + np.uint64(0x9E3779B97F4A7C15))
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x ^= x >> np.uint64(shift)
-            x *= np.uint64(factor)
-        x ^= x >> np.uint64(31)
-        return x

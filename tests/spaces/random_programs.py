@@ -44,6 +44,7 @@ PIPELINES = [
     "raise-norms, permute",
     "raise-norms, permute(arrange=even, group=4)",
     "raise-norms, expand",
+    "raise-norms, fold-norm-affine, center-norm, rotate(orphans=true, joint=true)",
     "raise-norms, fold-norm-affine, center-norm, expand(stream=true), rotate(mode=hadamard)",
     "raise-norms, untie-embeddings, permute, equalize, fold-norm-affine, center-norm, permute, rotate, rotate-layerwise",
 ]

@@ -6,28 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from spaces.written import X, parsed, shown
 from torch import Tensor
 
 from qcompile.drift import drift
 from qcompile.hadamard.rotation import RandomOrthogonal
-from qcompile.ir.program import Program
 from qcompile.pass_base import Report
-from qcompile.spaces import ChannelSpaces, Level, channel_spaces
+from qcompile.spaces import Level, channel_spaces
 from qcompile.spaces.apply import Edits
 
-
-def parsed(inputs: str, weights: str, body: str, outputs: str = "y") -> Program:
-    lines = [f"    {line.strip()}" for line in body.strip().splitlines()]
-    returned = ", ".join(f'"{name}": {name}' for name in outputs.split())
-    return Program.parse("\n".join([f"def main({inputs}, *, {weights}):", *lines, f"    return {{{returned}}}"]))
-
-
-def shown(spaces: ChannelSpaces, level: Level) -> list[str]:
-    """Each space as ``width: kinds and nodes of its uses``."""
-    return [f"{s.width}: {', '.join(f'{p.use.kind} {p.node.name}' for p in s.placements)}" for s in spaces[level]]
-
-
-X = "x: f64[batch, sequence, 6]"
 SCORES = """a = aten.linear.default(x, q)
             b = aten.linear.default(x, k)
             t = aten.transpose.int(b, 1, 2)
@@ -68,29 +55,6 @@ def test_keys_that_are_queries_have_no_scale() -> None:
     assert [str(limit) for limit in spaces.limits(Level.DIAGONAL, use.ids)] == [
         "y: pairs two activations, channel by channel"
     ]
-
-
-HEADS = """v0 = aten.linear.default(x, v)
-           v1 = aten.unflatten.int(v0, -1, [2, 4])
-           v2 = aten.transpose.int(v1, 1, 2)
-           a = aten.scaled_dot_product_attention.default(q, k, v2, enable_gqa=True)
-           a1 = aten.transpose.int(a, 1, 2)
-           a2 = aten.flatten.using_ints(a1, 2, 3)
-           y = aten.linear.default(a2, o)"""
-
-
-def test_values_head_by_head() -> None:
-    """Two heads of values, each read by two heads of queries: two copies in the columns of o."""
-    inputs = f"{X}, q: f64[batch, 4, sequence, 3], k: f64[batch, 2, sequence, 3]"
-    spaces = channel_spaces(parsed(inputs, "v: f64[8, 6], o: f64[5, 16]", HEADS))
-    for level in (Level.PERMUTATION, Level.ORTHOGONAL, Level.LINEAR):
-        first, second = spaces[level]
-        assert first.sources[0].positions.tolist() == [[0, 1, 2, 3]]
-        assert second.sources[0].positions.tolist() == [[4, 5, 6, 7]]
-        assert sorted(first.sinks[0].positions.tolist()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-        assert sorted(second.sinks[0].positions.tolist()) == [[8, 9, 10, 11], [12, 13, 14, 15]]
-        assert first.name == second.name == "v … o"
-    assert sum(s.width for s in spaces[Level.DIAGONAL]) == 8
 
 
 def test_a_cache_is_a_state_of_the_space_it_holds() -> None:
@@ -144,18 +108,6 @@ def test_rows_of_a_table_by_an_index() -> None:
     assert rows.positions.size == 12
 
 
-def test_channels_from_two_positions_are_not_one_vector() -> None:
-    body = """h = aten.linear.default(x, w)
-              q = aten.constant_pad_nd.default(h, [0, 0, 1, -1])
-              u = aten.slice.Tensor(h, -1, 0, 4)
-              v = aten.slice.Tensor(q, -1, 4, 8)
-              r = aten.cat.default([u, v], -1)
-              y = aten.linear.default(r, o)"""
-    spaces = channel_spaces(parsed(X, "w: f64[8, 6], o: f64[5, 8]", body))
-    for level in (Level.ORTHOGONAL, Level.LINEAR):
-        assert [s.sources[0].positions.tolist() for s in spaces[level]] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
-
-
 def test_a_weight_that_something_else_reads_stays() -> None:
     body = "h = aten.linear.default(x, w)\ny = aten.linear.default(h, o)\nz = aten.relu.default(w)"
     spaces = channel_spaces(parsed(X, "w: f64[4, 6], o: f64[5, 4]", body, "y z"))
@@ -196,6 +148,30 @@ def test_outputs_of_a_grouped_convolution(groups: int, widths: list[int]) -> Non
     assert found == (widths if groups < 8 else [])
 
 
+@pytest.mark.parametrize("level", [Level.PERMUTATION, Level.DIAGONAL, Level.LINEAR])
+def test_groups_of_a_convolution_share_what_they_read(level: Level, feeds: Callable[..., dict[str, Tensor]]) -> None:
+    body = """h = aten.conv1d.default(i, w, b)
+              y = aten.conv1d.default(h, o, None, [1], [1], [1], 2)"""
+    program = parsed("i: f64[batch, 3, sequence]", "w: f64[8, 3, 1], b: f64[8], o: f64[6, 4, 3]", body)
+    spaces = channel_spaces(program)
+    assert shown(spaces, Level.LINEAR) == ["4: source h, source b, sink y"]
+    (space,) = spaces[level]
+    assert [p.positions.tolist() for p in space.sinks] == [[[0, 1, 2, 3]]]
+    assert [p.positions.tolist() for p in space.sources] == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 2
+    given = feeds(program)
+    before, old = program.run(given), program.weights["o"]
+    edits = Edits(spaces, Report())
+    if level is Level.PERMUTATION:
+        edits.permute(space, torch.tensor([2, 0, 3, 1]))
+    elif level is Level.DIAGONAL:
+        edits.scale(space, torch.tensor([0.5, 3, 2, 0.25], dtype=torch.float64))
+    else:
+        edits.rotate(space, RandomOrthogonal(4, 1))
+    edits.commit()
+    assert drift(program.run(given), before) <= 1e-13
+    assert not torch.equal(program.weights["o"], old)
+
+
 def test_a_stream_has_norms_or_several_ends() -> None:
     body = """a = aten.embedding.default(t, ids)
               n = aten.rms_norm.default(a, [4], None, 0.01)
@@ -229,35 +205,6 @@ def test_rotating_scores_alone_is_exact(feeds: Callable[..., dict[str, Tensor]])
     assert drift(program.run(inputs), before) <= 1e-13
 
 
-@pytest.mark.parametrize("order", ["a, d, c, b, f, e", "f, d, c, b, a, e"])
-def test_copies_that_stand_in_another_order_each_time(order: str, feeds: Callable[..., dict[str, Tensor]]) -> None:
-    """Channels 0, 2, 5 move alike, and 1, 3, 4; a product reads them in other pairs than the one that makes them."""
-    slices = "\n".join(f"{n} = aten.slice.Tensor(h, 1, {i}, {i + 1})" for i, n in enumerate("abcdef"))
-    program = parsed(
-        "x: f64[batch, 6]",
-        "w: f64[6, 6], o: f64[5, 2], p: f64[3, 6]",
-        f"""h = aten.linear.default(x, w)
-        {slices}
-        u = aten.cat.default([a, d], 1)
-        v = aten.cat.default([c, b], 1)
-        r = aten.cat.default([f, e], 1)
-        s0 = aten.add.Tensor(u, v)
-        s = aten.add.Tensor(s0, r)
-        y = aten.linear.default(s, o)
-        t = aten.cat.default([{order}], 1)
-        z = aten.linear.default(t, p)""",
-        "y z",
-    )
-    given = feeds(program)
-    before = program.run(given)
-    spaces = channel_spaces(program)
-    edits = Edits(spaces, Report())
-    for space in spaces[Level.ORTHOGONAL]:
-        edits.rotate(space, RandomOrthogonal(space.width, 1))
-    edits.commit()
-    assert drift(program.run(given), before) <= 1e-12
-
-
 @pytest.mark.parametrize("read", ["a", "b"])
 def test_factors_of_what_is_returned_keep_their_scales(read: str) -> None:
     body = f"""a = aten.linear.default(x, g)
@@ -266,90 +213,6 @@ def test_factors_of_what_is_returned_keep_their_scales(read: str) -> None:
                z = aten.linear.default({read}, o)"""
     spaces = channel_spaces(parsed(X, "g: f64[4, 6], u: f64[4, 6], o: f64[5, 4]", body, "y z"))
     assert [space for space in spaces[Level.DIAGONAL] if space.sinks] == []
-
-
-def test_one_gate_for_a_head_lets_rotations_pass() -> None:
-    body = """v0 = aten.linear.default(x, v)
-              v1 = aten.unflatten.int(v0, -1, [2, 4])
-              g0 = aten.linear.default(x, g)
-              g1 = aten.unsqueeze.default(g0, -1)
-              m = aten.mul.Tensor(v1, g1)
-              m1 = aten.flatten.using_ints(m, 2, 3)
-              y = aten.linear.default(m1, o)"""
-    spaces = channel_spaces(parsed(X, "v: f64[8, 6], g: f64[2, 6], o: f64[5, 8]", body))
-    assert [space.width for space in spaces[Level.ORTHOGONAL]] == [4, 4]
-
-
-def test_tokens_of_two_products_that_are_joined_move_alike() -> None:
-    body = """a = aten.linear.default(x, v)
-              b = aten.linear.default(x, w)
-              c = aten.cat.default([a, b], 1)
-              y = aten.linear.default(c, o)"""
-    spaces = channel_spaces(parsed(X, "v: f64[4, 6], w: f64[4, 6], o: f64[5, 4]", body))
-    for level in Level:
-        assert sum(space.width for space in spaces[level]) == 4
-        assert all([p.node.name for p in space.sources] == ["a", "b"] for space in spaces[level])
-
-
-def test_parts_of_two_tokens_side_by_side_are_not_mixed(feeds: Callable[..., dict[str, Tensor]]) -> None:
-    """Half a token beside half of the next one: a rotation acts on the halves that belong together."""
-    halves = "\n".join(
-        f"{n}{i} = aten.slice.Tensor({n}, 2, {2 * i}, {2 * i + 2})" for n in ("p", "q") for i in range(2)
-    )
-    program = parsed(
-        "x: f64[batch, 5, 6]",
-        "w: f64[4, 6], o: f64[3, 8]",
-        f"""h = aten.linear.default(x, w)
-        p = aten.slice.Tensor(h, 1, 0, 4)
-        q = aten.slice.Tensor(h, 1, 1, 5)
-        {halves}
-        t = aten.cat.default([p0, q1, q0, p1], 2)
-        y = aten.linear.default(t, o)""",
-    )
-    given = feeds(program)
-    before = program.run(given)
-    spaces = channel_spaces(program)
-    edits = Edits(spaces, Report())
-    (space,) = spaces[Level.ORTHOGONAL]
-    assert space.sinks[0].positions.tolist() == [[0, 1, 6, 7], [4, 5, 2, 3]]
-    edits.rotate(space, RandomOrthogonal(4, 1))
-    edits.commit()
-    assert drift(program.run(given), before) <= 1e-12
-
-
-@pytest.mark.parametrize(
-    ("op", "linear"),
-    [
-        ("aten.relu.default(p)", 1),
-        ("aten.gelu.default(p)", 1),
-        ("aten.neg.default(p)", 2),
-        ("aten.mul.Tensor(p, 3.0)", 2),
-        ("aten.add.Tensor(p, 3.0)", 1),
-    ],
-)
-def test_what_changes_half_of_a_vector_parts_it_from_the_other(
-    op: str, linear: int, feeds: Callable[..., dict[str, Tensor]]
-) -> None:
-    program = parsed(
-        "x: f64[batch, sequence, 6]",
-        "w: f64[8, 6], v: f64[6, 8]",
-        f"""h = aten.linear.default(x, w)
-            p = aten.slice.Tensor(h, -1, 0, 4)
-            q = aten.slice.Tensor(h, -1, 4, 8)
-            r = {op}
-            c = aten.cat.default([r, q], -1)
-            y = aten.linear.default(c, v)""",
-    )
-    spaces = channel_spaces(program)
-    assert [s.width for s in spaces[Level.PERMUTATION]] == [4, 4]
-    assert [s.width for s in spaces[Level.ORTHOGONAL]] == [4] * linear
-    inputs = feeds(program)
-    before = program.run(inputs)
-    edits = Edits(spaces, Report())
-    for space in spaces[Level.PERMUTATION]:
-        edits.permute(space, torch.tensor([2, 0, 3, 1]))
-    edits.commit()
-    assert drift(program.run(inputs), before) <= 1e-13
 
 
 def test_a_gain_that_another_norm_reads_as_well() -> None:

@@ -8,10 +8,11 @@ import sympy
 
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim
+from qcompile.spaces.forest import Forest
 from qcompile.spaces.layout import Layout, along, plain, product, same, viewed
 from qcompile.spaces.space import Groups, placements
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import Forest, Level, Wires
+from qcompile.spaces.wires import Level, Wires
 
 B, S = sympy.symbols("batch sequence", integer=True, positive=True)
 

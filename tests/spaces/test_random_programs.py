@@ -44,6 +44,8 @@ def _program(seed: int) -> Program:
 
 
 MET = {
+    184: "raise-norms, permute",  # heads that share a space, rolled over each other
+    1048: "raise-norms, equalize",  # a product without outputs
     5370: "raise-norms, permute",  # a gain that a norm reads of which no channels are known
     30059: "raise-norms, fold-embedding-norm, fold-norm-affine, center-norm, rotate(qk=true, orphans=true)",  # q is v
     30551: "raise-norms, fold-embedding-norm",  # two norms behind a table that is tied

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Axis, Layout
-from qcompile.spaces.wires import Ids
 
 
 @dataclass(frozen=True, eq=False)

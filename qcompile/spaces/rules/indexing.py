@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.pointwise import summed
 from qcompile.spaces.walk import Walk, sizes
-from qcompile.spaces.wires import Ids
 
 aten = torch.ops.aten
 
@@ -132,9 +132,9 @@ def _placed(walk: Walk, node: fx.Node, rank: int) -> tuple[Layout | None, list[L
     return walk.of(walk.program.arg(node, source)), [walk.of(walk.program.arg(node, "index"))], [axis]
 
 
-def wires_along(layout: Layout, axis: int) -> Ids | None:
+def wires_along(walk: Walk, node: fx.Node, layout: Layout, axis: int) -> Ids | None:
     """Wires of an axis as rows ``[others, axis]``; None where they cannot be laid out."""
-    flat = layout.flat(axis)
+    flat = layout.flat(axis, walk.spread(node))
     if flat is None:
         return None
     (at,) = flat.atoms(axis)

@@ -49,7 +49,7 @@ def _joined(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layo
 
 def _side_by_side(walk: Walk, node: fx.Node, layouts: list[Layout], axis: int) -> Layout | list[Layout]:
     """Along an axis of channels: every tensor keeps its wires."""
-    flat = [layout.all_flat() for layout in layouts]
+    flat = [layout.all_flat(walk.spread(node)) for layout in layouts]
     if not all(isinstance(product(layout.axes[axis]), int) for layout in layouts) or None in flat:
         return walk.barrier(node, "puts channels beside a varying number of tokens")
     kept = [layout for layout in flat if layout is not None]
@@ -112,7 +112,7 @@ def pad(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
                 walk.stop(layout, node, "puts a number beside tokens")
             layout = walk.follow(layout, node).sized(axis, shape[axis])
             continue
-        flat = layout.flat(axis)
+        flat = layout.flat(axis, walk.spread(node))
         if flat is None or not isinstance(before, int) or not isinstance(after, int):
             return walk.barrier(node, "pads the channels by a varying number")
         (place,) = flat.atoms(axis)
@@ -170,7 +170,7 @@ def scatter_part(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     bounds = (
         [walk.program.arg(node, "index")] if chosen else [walk.program.arg(node, n) for n in ("start", "end", "step")]
     )
-    flat, over = base.all_flat(), part.all_flat()
+    flat, over = (x.all_flat(walk.spread(node)) for x in (base, part))
     if flat is None or over is None or not isinstance(count, int) or not all(isinstance(b, int | None) for b in bounds):
         return walk.barrier(node, "writes over a varying part of the channels")
     places = np.arange(count)[[bounds[0]]] if chosen else np.arange(count)[slice(*bounds)]

@@ -8,9 +8,10 @@ import numpy as np
 from torch import fx
 
 from qcompile.ir.types import Dim
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Axis, Layout, plain
 from qcompile.spaces.walk import Kind, Use, Walk, sizes
-from qcompile.spaces.wires import EVERY, MIXING, Ids, Level
+from qcompile.spaces.wires import EVERY, MIXING, Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +155,7 @@ def _through(
         walk.rows(through, node, "each part is mixed over tokens by weights of its own", rows)
     else:
         walk.wires.together(MIXING, old, walk.wires.event(node, "mixed over tokens"))
-    vectors = np.where(old >= 0, walk.wires.instance[old] * (rows.max() + 1) + rows, -1)
-    new = np.where(old >= 0, walk.wires.fresh(vectors), -1)
-    walk.wires.join(old, new)
-    walk.wires.same_copy(old, new)
-    ids = new
+    ids = walk.copies(old, rows)
     for place in sorted(summed, reverse=True):
         ids = ids.squeeze(place)
     axes: list[Axis] = []

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import fx
 
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout, plain
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.broadcast import Pair, paired, row_numbers
 from qcompile.spaces.walk import Triple, Walk, sizes
-from qcompile.spaces.wires import EVERY, MIXING, VECTOR, Ids, Level
+from qcompile.spaces.wires import EVERY, MIXING, VECTOR, Level
 
 aten = torch.ops.aten
 _DIVISIONS = (aten.div.Tensor, aten.divide.Tensor, aten.true_divide.Tensor)

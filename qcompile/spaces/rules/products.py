@@ -13,13 +13,14 @@ from qcompile.ir.contractions import Contraction
 from qcompile.ir.moves import rank
 from qcompile.ir.program import Program
 from qcompile.ir.types import Dim
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout, along
 from qcompile.spaces.registry import rule
 from qcompile.spaces.rules.indexing import wires_along
 from qcompile.spaces.rules.pairing import Operand, multiplied
 from qcompile.spaces.rules.pointwise import summed
 from qcompile.spaces.walk import Use, Walk, sizes
-from qcompile.spaces.wires import MIXING, VECTOR, Ids, Level
+from qcompile.spaces.wires import MIXING, VECTOR, Level
 
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default)
@@ -52,7 +53,9 @@ CONVOLUTIONS = (
     " x and y are paired, T and T⁻ᵀ",
 )
 @rule(
-    *CONVOLUTIONS, says="a linear on its channel axis; channel by channel (depthwise): diagonals and permutations pass"
+    *CONVOLUTIONS,
+    says="a linear on its channel axis; in groups: what it reads has one T for all of them, what it makes one for each;"
+    " channel by channel (depthwise): diagonals and permutations pass",
 )
 def contract(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     found = walk.contractions.get(node)
@@ -69,15 +72,16 @@ def _contraction(walk: Walk, node: fx.Node, c: Contraction) -> Layout | list[Lay
     if any(step.target in _QUANTIZED for step in c.path):
         return walk.barrier(node, "its weight is quantized already")
     layout = walk.of(c.input)
-    rows = wires_along(layout, c.input_axis)
+    rows = wires_along(walk, node, layout, c.input_axis)
     if rows is None:
         return walk.barrier(node, "sums over channels and tokens at once")
     shape = c.weight.meta["val"].shape
     depthwise = c.groups > 1 and shape[c.axis_in] == 1 and rows.shape[1] == c.groups == shape[c.axis_out]
-    if c.groups > 1 and not depthwise:
-        walk.stop(layout, node, f"convolves {c.groups} groups of channels, each with its own weight")
-    elif layout.has_wires and rows.shape[1] > 0:
-        places = None if depthwise else part_of(walk.program, c, c.axis_in, rows.shape[1])
+    if layout.has_wires and rows.shape[1] > 0:
+        grouped = c.groups > 1 and not depthwise
+        if grouped:  # the matrices of all groups stand side by side, over one axis of inputs
+            rows = rows.reshape(len(rows) * c.groups, -1)
+        places = None if depthwise or grouped else part_of(walk.program, c, c.axis_in, rows.shape[1])
         if isinstance(places, str):
             return walk.barrier(node, places)
         _sink(walk, node, c, rows, depthwise, places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -28,7 +29,7 @@ aten = torch.ops.aten
     says="splits and merges axes: (heads · features) ⟷ heads × features; wires go along",
 )
 def view(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
-    layout = viewed(walk.of(node.args[0]), sizes(node))
+    layout = viewed(walk.of(node.args[0]), sizes(node), walk.spread(node))
     return walk.barrier(node, "cuts across channels and tokens") if layout is None else layout
 
 
@@ -140,7 +141,7 @@ def slice_(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     if not all(isinstance(v, int) or v is None for v in (start, end, step)):
         return walk.barrier(node, "takes a varying part of the channels")
     count = product(layout.axes[axis])
-    taken = layout.taken(axis, np.arange(count)[start:end:step]) if isinstance(count, int) else None
+    taken = layout.taken(axis, np.arange(count)[start:end:step], walk.spread(node)) if isinstance(count, int) else None
     return taken or walk.barrier(node, "takes channels and tokens apart at once")
 
 
@@ -160,7 +161,8 @@ def select(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
 def unbind(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
     layout = walk.of(node.args[0])
     axis = int(walk.program.arg(node, "dim")) % layout.rank
-    entries = [_entry(walk, node, layout, axis, i) for i in range(len(node.meta["val"]))]
+    flat = layout.flat(axis, walk.spread(node)) or layout
+    entries = [_entry(walk, node, flat, axis, i) for i in range(len(node.meta["val"]))]
     return [e for e in entries if isinstance(e, Layout)]
 
 
@@ -171,7 +173,7 @@ def _entry(walk: Walk, node: fx.Node, layout: Layout, axis: int, index: Any) -> 
     count = product(layout.axes[axis])
     if not isinstance(index, int) or not isinstance(count, int):
         return walk.barrier(node, "takes a varying channel")
-    taken = layout.taken(axis, np.arange(count)[[index]])
+    taken = layout.taken(axis, np.arange(count)[[index]], walk.spread(node))
     return taken.without_single(axis) if taken is not None else walk.barrier(node, "takes channels and tokens apart")
 
 
@@ -191,15 +193,12 @@ def split(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
         return [part(walk, node, layout, axis, size) for size in parts]
     if not all(isinstance(size, int) for size in parts):
         return walk.barrier(node, "splits the channels at varying places")
-    found: list[Layout] = []
-    start = 0
-    for size in parts:
-        taken = layout.taken(axis, np.arange(start, start + size))
-        if taken is None:
-            return walk.barrier(node, "takes channels and tokens apart at once")
-        found.append(taken)
-        start += size
-    return found
+    flat = layout.flat(axis, walk.spread(node))
+    if flat is None:
+        return walk.barrier(node, "takes channels and tokens apart at once")
+    ends = np.cumsum([0, *parts])
+    taken = [flat.taken(axis, np.arange(a, b)) for a, b in itertools.pairwise(ends)]
+    return [t for t in taken if t is not None]
 
 
 @rule(operator.getitem, says="one of several results")
@@ -230,7 +229,7 @@ def reorder(walk: Walk, node: fx.Node) -> Layout | list[Layout]:
             layout = None
         else:
             places = np.arange(count)
-            layout = layout.taken(axis, places[::-1] if shift is None else np.roll(places, shift))
+            layout = layout.taken(axis, places[::-1] if shift is None else np.roll(places, shift), walk.spread(node))
     return layout or walk.barrier(node, "reorders channels by a varying number")
 
 

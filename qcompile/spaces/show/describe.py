@@ -17,11 +17,12 @@ from qcompile.ir.contractions import short_name
 from qcompile.ir.moves import MOVES
 from qcompile.ir.program import Program
 from qcompile.spaces.analysis import ChannelSpaces
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.show.reasons import Reason, Reasons
 from qcompile.spaces.space import Placement, Space
 from qcompile.spaces.walk import Use
-from qcompile.spaces.wires import MIXING, Ids, Level
+from qcompile.spaces.wires import MIXING, Level
 
 aten = torch.ops.aten
 NAMES = {

@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from qcompile.ir.contractions import short_name
 from qcompile.ir.state import state_pairs
 from qcompile.spaces.analysis import ChannelSpaces
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
 from qcompile.spaces.show.group import Group
 from qcompile.spaces.show.names import plain, ranges, template
-from qcompile.spaces.wires import Ids, Level
+from qcompile.spaces.wires import Level
 
 aten = torch.ops.aten
 _BLOCK = re.compile(r"^(.*?)(?:^|(?<=\.))(\d+)(?=\.|$)")

@@ -10,8 +10,9 @@ from torch import fx
 
 from qcompile.ir.contractions import short_name
 from qcompile.spaces.analysis import ChannelSpaces
+from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Layout
-from qcompile.spaces.wires import Ids, Level
+from qcompile.spaces.wires import Level
 
 aten = torch.ops.aten
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)

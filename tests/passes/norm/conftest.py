@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +14,8 @@ from qcompile.drift import drift
 from qcompile.ir.program import Program
 from qcompile.pass_base import Pass, Report
 from qcompile.pass_manager import PassManager
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # makes the references importable as `oracles.…`
 
 
 class Applied(NamedTuple):

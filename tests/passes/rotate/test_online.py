@@ -226,3 +226,29 @@ def test_a_second_run_leaves_scores_alone(text: Any, rotated: Any) -> None:
     assert report.rewritten == []
     assert len(report.skipped) == 1
     assert "rotated already" in report.skipped[0].what
+
+
+def test_heads_jointly(text: Any, rotated: Any) -> None:
+    """One transform over all heads that the output projection reads; values, and a cache of them, stay."""
+    written = text(
+        f"{X}, {CACHES}",
+        "q: f64[16, 8], k: f64[8, 8], v: f64[8, 8], o: f64[5, 16]",
+        CACHED,
+        "y present_0_key present_0_value",
+    )
+    before = Program.parse(written).weights
+    program, report = rotated(written, Rotate(stream=False, joint=True))
+    assert transforms(program) == [("a2", 1, 16)]
+    assert {key for key in before if not torch.equal(program.weights[key], before[key])} == {"o"}
+    assert torch.allclose(program.weights["o"], times_t(before["o"], 1, 16), atol=1e-13)
+    assert report.measured["rotations"] == {"R1": 0, "R2": 1, "R3": 0, "R4": 0}
+    assert [e.what for e in report.spaces if "rotates it" in e.what] == [
+        "rotated online; not in its weights: joint=true rotates it with the other heads"
+    ]
+
+
+def test_heads_jointly_leaves_a_lone_vector_to_its_weights(text: Any, rotated: Any) -> None:
+    body = "h = aten.linear.default(x, u)\ny = aten.linear.default(h, o)"
+    program, report = rotated(text(X, "u: f64[4, 8], o: f64[3, 4]", body), Rotate(joint=True))
+    assert transforms(program) == []
+    assert report.measured["rotations"] == {"R1": 0, "R2": 1, "R3": 0, "R4": 0}

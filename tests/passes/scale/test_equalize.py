@@ -137,6 +137,19 @@ def test_dead_channels_stay_and_factors_are_bounded(feeds: Callable[..., dict[st
     torch.testing.assert_close(change[2], torch.tensor(3.0).double())
 
 
+@pytest.mark.parametrize("measure", ["absmax", "rms"])
+def test_a_reader_without_outputs_says_nothing(measure: str, feeds: Callable[..., dict[str, Tensor]]) -> None:
+    """A slice of a weight may be empty: it is found with other products, and has no range."""
+    read = CHAIN.replace("b3: f64[4]", "b3: f64[4], w4: f64[0, 6]")
+    more = read.replace("        return", "        z = aten.linear.default(a1, w4)\n        return")
+    program, alone = parse(more.replace('{"y": y}', '{"y": y, "z": z}')), parse(CHAIN)
+    for name in alone.weights:
+        program.weights[name] = alone.weights[name]
+    for one in (program, alone):
+        equalized(one, feeds, f"equalize(measure={measure})")
+    assert all(torch.equal(program.weights[name], alone.weights[name]) for name in alone.weights)
+
+
 @pytest.mark.parametrize(
     "bend", ["gelu.default(h1)", "silu.default(h1)", "clamp_min.default(h1, 0.5)", "relu6.default(h1)"]
 )

@@ -17,6 +17,7 @@ from qcompile.errors import QCompileError, RecipeError
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill, run
 from qcompile.pass_base import Report, parse_pass
+from qcompile.passes.scale.readers import column_peaks
 
 aten = torch.ops.aten
 
@@ -259,3 +260,32 @@ def test_outliers_in_activations_are_smoothed(embedded: Callable[[str], Program]
 
 def _feeds(program: Program, ids: Tensor) -> dict[str, Tensor]:
     return fill(program, {"input_ids": ids})
+
+
+def test_a_weight_without_rows_has_peaks_of_zero() -> None:
+    program = Program.parse(
+        """def main(x: f64[batch, 3], *, w: f64[0, 3]):
+    y = aten.linear.default(x, w)
+    return {"y": y}"""
+    )
+    (node,) = program.weight_nodes
+    assert column_peaks(program, node, 1).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_groups_of_a_convolution_share_the_largest_peak(tokens: list[Tensor]) -> None:
+    text = """\
+        def main(input_ids: i64[batch, sequence], *, table: f64[90, 6], w: f64[8, 6], c: f64[4, 4, 1]):
+            e = aten.embedding.default(table, input_ids)
+            h = aten.linear.default(e, w)
+            t = aten.transpose.int(h, 1, 2)
+            v = aten.conv1d.default(t, c, None, [1], [0], [1], 2)
+            return {"v": v}"""
+    large = torch.ones(8, 1, dtype=torch.float64)
+    large[5] = 100.0
+    program, old = (
+        parse(text, w=torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).double() * large) for _ in range(2)
+    )
+    smoothed(program, tokens)
+    peaks = torch.cat([value(old, "h", ids) for ids in tokens]).abs().amax(0).reshape(2, 4).amax(0)
+    factors = (peaks / old.weights["c"].abs().amax([0, 2])).sqrt()
+    torch.testing.assert_close(program.weights["c"] / old.weights["c"], factors[:, None].expand(4, 4, 1))
