@@ -73,6 +73,8 @@ def _unfit(spaces: ChannelSpaces, norms: list[fx.Node], found: list[Space]) -> s
     for p in (p for space in found for p in space.placements):
         if p.use.kind == "norm" and p.node.target is not aten.layer_norm.default:
             return f"{p.node.name} reads the stream too and takes no mean off it"
+        if p.use.kind == "norm" and p.node not in norms:
+            return f"{p.node.name} reads the stream too and takes a mean over more channels"
         if p.use.kind == "norm" and len(p.positions) > 1:
             return f"several channels of what {p.node.name} reads must move alike"
         if p.use.kind not in ("norm", "source"):

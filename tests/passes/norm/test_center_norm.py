@@ -148,6 +148,21 @@ def test_what_reads_the_stream_with_its_mean(center: Center, extra: str, reason:
     assert all(reason in what for _, what in reasons(report))
 
 
+def test_norms_over_all_channels_and_over_each_head_of_them(center: Center) -> None:
+    """Less its mean over each head, a vector is more than less its mean: neither norm can have its way."""
+    body = f"""{EMBED}
+        n = aten.layer_norm.default(x, [8], g, None, 0.01)
+        w = aten.unflatten.int(x, -1, [2, 4])
+        k = aten.layer_norm.default(w, [4], None, None, 0.01)
+        r = aten.flatten.using_ints(k, 2, 3)
+        s = aten.add.Tensor(n, r)
+        y = aten.linear.default(s, head)"""
+    program, report, _ = center(IDS, "table: f64[9, 8], g: f64[8], head: f64[5, 8]", body)
+    assert kinds(program) == ["layer_norm", "layer_norm"]
+    assert report.rewritten == []
+    assert ("k", "n reads the stream too and takes a mean over more channels") in reasons(report)
+
+
 @pytest.mark.parametrize(
     ("move", "reason"),
     [
