@@ -1,0 +1,164 @@
+"""Lowering: obstacles, then shards, each rewritten, written as MLIR and parameter files, and compiled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qcompile.backend_base import LoweredFiles, StoredTensor, refuse
+from qcompile.backends.onnx_qcdq.rewriting import base_key
+from qcompile.backends.torch_mlir import toolchain
+from qcompile.backends.torch_mlir.emit import Entry, Naming, emit_module
+from qcompile.backends.torch_mlir.kernels import CONTAINER
+from qcompile.backends.torch_mlir.obstacles import obstacles
+from qcompile.backends.torch_mlir.params import write_parameters
+from qcompile.backends.torch_mlir.plan import DECODE, MAIN, PREFILL, Codes, Module, Piece, Plan
+from qcompile.backends.torch_mlir.prelower import Prelowered, prelower
+from qcompile.backends.torch_mlir.shards import Shards, canonical, layer_ranges
+from qcompile.backends.torch_mlir.values import TRANSPOSED
+from qcompile.backends.torch_mlir.weights import stored
+from qcompile.ir.program import Program
+
+if TYPE_CHECKING:
+    from qcompile.backends.torch_mlir.backend import TorchMlirBackend
+
+_PARTS = re.compile(r"\.(codes|scale|zero_point|scale_step|scale_offset|zero_step|zero_offset|global_scale|exponent)$")
+
+
+@dataclass
+class _State:
+    """What is known while modules are written, one after another."""
+
+    backend: TorchMlirBackend
+    source: Program
+    directory: Path
+    modules: list[Module]
+    codes: dict[str, Codes]
+    sizes: dict[str, list[Any]]  # weight → container, elements, bytes
+    attempts: list[toolchain.Attempt]
+    texts: dict[str, Module]  # text without locations → the module that was compiled from it
+    compiles: bool
+    products: int = 0
+    integer: int = 0
+
+
+def lower(backend: TorchMlirBackend, program: Program, directory: Path) -> LoweredFiles:
+    """See `TorchMlirBackend.lower`."""
+    refuse(backend, obstacles(program))
+    shards = Shards.parse(backend.shards)
+    reason = toolchain.missing()
+    cpu, features = (backend.cpu, ()) if reason else toolchain.cpu_target(backend.cpu)
+    state = _State(backend, program, directory, [], {}, {}, [], {}, reason is None)
+    for index, part in enumerate(layer_ranges(program, shards.layers)):
+        prelowered = prelower(part, backend.packing)
+        state.products += prelowered.products
+        state.integer += prelowered.integer_products
+        _module(state, prelowered, f"shard_{index}" if shards.layers > 1 else "model", shards)
+    plan = Plan(modules=state.modules, codes=state.codes, cpu=cpu, cpu_features=list(features))
+    plan.write(directory)
+    tensors = tuple(StoredTensor(name, *entry) for name, entry in state.sizes.items())
+    build = {
+        "cpu": cpu,
+        "devices": sum(m.devices for m in state.modules),
+        "modules": len(state.modules),
+        "compiled": len({m.vmfb for m in state.modules if m.vmfb}),
+        "attempts": [attempt.entry() for attempt in state.attempts],
+    }
+    versions = toolchain.versions()
+    return LoweredFiles(state.modules[0].mlir, tensors, tuple(_notes(state, reason)), versions, build)
+
+
+def _notes(state: _State, reason: str | None) -> Iterator[str]:
+    yield f"{state.products} products with quantized weights, {state.integer} of them on integers"
+    if reason is not None:
+        yield f"MLIR and parameter files were written and not compiled: {reason}"
+    for attempt in state.attempts:
+        if attempt.error is not None:
+            yield f"compiled again without data tiling: {attempt.module}: {attempt.error}"
+
+
+def entries_of(program: Program) -> list[Entry]:
+    """Functions: one for any sizes, and one for a token of one sequence where the program has a cache."""
+    named = {name: symbol for symbol, name in program.symbols.items()}
+    if not {"batch", "sequence", "past"} <= set(named):
+        return [Entry(MAIN)]
+    return [Entry(PREFILL), Entry(DECODE, {named["batch"]: 1, named["sequence"]: 1})]
+
+
+def _module(state: _State, prelowered: Prelowered, name: str, shards: Shards) -> None:
+    """Write one module and its parameters; compile it unless one like it was."""
+    program, directory = prelowered.program, state.directory
+    keys = canonical(program) if shards.layers > 1 else {n: program.key(n) for n in program.weight_nodes}
+    naming = Naming(scope=lambda node: "model", key=lambda node: keys[node], symbol=lambda node: symbol_of(keys[node]))
+    parameters = f"{name}.safetensors"
+    items = [stored(node, keys[node]) for node in program.weight_nodes]
+    write_parameters(directory / parameters, program, items)
+    _record(state, prelowered, parameters, keys)
+    entries = entries_of(program)
+    bare = emit_module(program, entries, naming, "model", locations=False)
+    same = state.texts.get(bare)
+    if same is None:
+        (directory / f"{name}.mlir").write_text(emit_module(program, entries, naming, "model"))
+        vmfb = _compile(state, name, devices=1) if state.compiles else None
+        mlir = f"{name}.mlir"
+    else:
+        mlir, vmfb = same.mlir, same.vmfb
+    module = Module(
+        mlir=mlir,
+        vmfb=vmfb,
+        parameters={"model": parameters},
+        devices=1,
+        inputs=[n.name for n in program.inputs],
+        outputs=list(program.output_names),
+        functions=[entry.name for entry in entries],
+    )
+    state.texts.setdefault(bare, module)
+    state.modules.append(module)
+
+
+def symbol_of(key: str) -> str:
+    """The name of a weight's global: its key, with what MLIR takes in no plain name replaced."""
+    return re.sub(r"[^A-Za-z0-9_$.]", "_", key if key[0].isalpha() else f"_{key}")
+
+
+def _compile(state: _State, name: str, devices: int) -> str:
+    backend, directory = state.backend, state.directory
+    flags = [*toolchain.cpu_flags(backend.cpu, devices), *backend.flags]
+    out = f"{name}.vmfb"
+    state.attempts += toolchain.compile_module(
+        directory / f"{name}.mlir", directory / out, flags, backend.opt_level, backend.data_tiling
+    )
+    toolchain.write_bytecode(directory / f"{name}.mlir", directory / f"{name}.mlirbc")
+    return out
+
+
+def _record(state: _State, prelowered: Prelowered, file: str, keys: dict[torch.fx.Node, str]) -> None:
+    """Note how each weight lies in the file, and what it costs."""
+    program = prelowered.program
+    for node in program.weight_nodes:
+        key = base_key(program.key(node))
+        if key not in state.source.weights:
+            continue  # a table that formats share
+        item = stored(node, keys[node])
+        weight = _PARTS.sub("", key) if f"{_PARTS.sub('', key)}.codes" in state.source.weights else key
+        entry = state.sizes.setdefault(weight, ["", 0, 0])
+        entry[2] += item.nbytes
+        if CONTAINER in node.meta:
+            width, (*rows, groups, size) = node.meta[CONTAINER]
+            signed = node.meta["val"].dtype == torch.int8
+            turned = program.key(node).endswith(TRANSPOSED)
+            entry[:2] = [f"{'' if signed else 'u'}int{width}", node.meta["val"].numel()]
+            state.codes[weight] = Codes(
+                bits=width,
+                signed=signed,
+                shape=[*rows, groups * size],
+                transposed=turned,
+                pieces=[Piece(file=file, key=item.key)],
+            )
+        elif weight == key:
+            entry[:2] = [str(item.dtype).removeprefix("torch."), node.meta["val"].numel()]
