@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from qcompile.backend_base import LoweredFiles, StoredTensor, refuse
 from qcompile.backends.onnx_qcdq.rewriting import base_key
@@ -20,8 +21,9 @@ from qcompile.backends.torch_mlir.params import write_parameters
 from qcompile.backends.torch_mlir.plan import DECODE, MAIN, PREFILL, Codes, Module, Piece, Plan
 from qcompile.backends.torch_mlir.prelower import Prelowered, prelower
 from qcompile.backends.torch_mlir.shards import Shards, canonical, layer_ranges
+from qcompile.backends.torch_mlir.tensor import share
 from qcompile.backends.torch_mlir.values import TRANSPOSED
-from qcompile.backends.torch_mlir.weights import stored
+from qcompile.backends.torch_mlir.weights import DEVICE, SLICED, stored
 from qcompile.ir.program import Program
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class _State:
     attempts: list[toolchain.Attempt]
     texts: dict[str, Module]  # text without locations → the module that was compiled from it
     compiles: bool
+    notes: list[str] = field(default_factory=list)
     products: int = 0
     integer: int = 0
 
@@ -75,6 +78,7 @@ def lower(backend: TorchMlirBackend, program: Program, directory: Path) -> Lower
 
 def _notes(state: _State, reason: str | None) -> Iterator[str]:
     yield f"{state.products} products with quantized weights, {state.integer} of them on integers"
+    yield from state.notes
     if reason is not None:
         yield f"MLIR and parameter files were written and not compiled: {reason}"
     for attempt in state.attempts:
@@ -92,27 +96,41 @@ def entries_of(program: Program) -> list[Entry]:
 
 def _module(state: _State, prelowered: Prelowered, name: str, shards: Shards) -> None:
     """Write one module and its parameters; compile it unless one like it was."""
-    program, directory = prelowered.program, state.directory
+    program, directory, ranks = prelowered.program, state.directory, shards.ranks
+    if ranks > 1:
+        program, notes = share(program, ranks)
+        state.notes += notes
     keys = canonical(program) if shards.layers > 1 else {n: program.key(n) for n in program.weight_nodes}
-    naming = Naming(scope=lambda node: "model", key=lambda node: keys[node], symbol=lambda node: symbol_of(keys[node]))
-    parameters = f"{name}.safetensors"
-    items = [stored(node, keys[node]) for node in program.weight_nodes]
-    write_parameters(directory / parameters, program, items)
-    _record(state, prelowered, parameters, keys)
+    files = {f"rank{i}": f"rank_{i}.safetensors" for i in range(ranks)} if ranks > 1 else {"model": f"{name}.safetensors"}
+    scopes = list(files)
+
+    def scope(node: fx.Node) -> str:
+        return scopes[node.meta.get(DEVICE, 0)]
+
+    for which, file in files.items():
+        items = [stored(node, keys[node]) for node in program.weight_nodes if scope(node) == which]
+        write_parameters(directory / file, program, items)
+    _record(state, program, lambda node: files[scope(node)], keys)
+    naming = Naming(
+        scope=scope,
+        key=lambda node: keys[node],
+        symbol=lambda node: symbol_of(keys[node]),
+        device=lambda node: node.meta.get(DEVICE, 0) if ranks > 1 else None,
+    )
     entries = entries_of(program)
     bare = emit_module(program, entries, naming, "model", locations=False)
     same = state.texts.get(bare)
     if same is None:
         (directory / f"{name}.mlir").write_text(emit_module(program, entries, naming, "model"))
-        vmfb = _compile(state, name, devices=1) if state.compiles else None
+        vmfb = _compile(state, name, ranks) if state.compiles else None
         mlir = f"{name}.mlir"
     else:
         mlir, vmfb = same.mlir, same.vmfb
     module = Module(
         mlir=mlir,
         vmfb=vmfb,
-        parameters={"model": parameters},
-        devices=1,
+        parameters=files,
+        devices=ranks,
         inputs=[n.name for n in program.inputs],
         outputs=list(program.output_names),
         functions=[entry.name for entry in entries],
@@ -137,9 +155,8 @@ def _compile(state: _State, name: str, devices: int) -> str:
     return out
 
 
-def _record(state: _State, prelowered: Prelowered, file: str, keys: dict[torch.fx.Node, str]) -> None:
-    """Note how each weight lies in the file, and what it costs."""
-    program = prelowered.program
+def _record(state: _State, program: Program, file: Callable[[fx.Node], str], keys: dict[fx.Node, str]) -> None:
+    """Note how each weight lies in the files, and what it costs."""
     for node in program.weight_nodes:
         key = base_key(program.key(node))
         if key not in state.source.weights:
@@ -149,16 +166,38 @@ def _record(state: _State, prelowered: Prelowered, file: str, keys: dict[torch.f
         entry = state.sizes.setdefault(weight, ["", 0, 0])
         entry[2] += item.nbytes
         if CONTAINER in node.meta:
-            width, (*rows, groups, size) = node.meta[CONTAINER]
-            signed = node.meta["val"].dtype == torch.int8
-            turned = program.key(node).endswith(TRANSPOSED)
-            entry[:2] = [f"{'' if signed else 'u'}int{width}", node.meta["val"].numel()]
-            state.codes[weight] = Codes(
-                bits=width,
-                signed=signed,
-                shape=[*rows, groups * size],
-                transposed=turned,
-                pieces=[Piece(file=file, key=item.key)],
-            )
+            entry[:2] = [_container(node), _elements(state, key)]
+            _note_codes(state, weight, node, Piece(file=file(node), key=item.key), program.key(node))
         elif weight == key:
-            entry[:2] = [str(item.dtype).removeprefix("torch."), node.meta["val"].numel()]
+            entry[:2] = [str(item.dtype).removeprefix("torch."), _elements(state, key)]
+
+
+def _container(node: fx.Node) -> str:
+    sign = "" if node.meta["val"].dtype == torch.int8 else "u"
+    return f"{sign}int{node.meta[CONTAINER][0]}"
+
+
+def _elements(state: _State, key: str) -> int:
+    return int(torch.Size(state.source.weights.meta(key)[0]).numel())
+
+
+def _note_codes(state: _State, weight: str, node: fx.Node, piece: Piece, key: str) -> None:
+    """Add where codes, or a rank's part of them, lie."""
+    turned = f"{TRANSPOSED}@" in f"{key}@"
+    if SLICED in node.meta:
+        axis, runs = node.meta[SLICED]
+        piece = piece.model_copy(update={"axis": axis, "runs": list(runs)})
+    elif "@" in key.replace(TRANSPOSED, ""):
+        return  # another rank's copy of the whole
+    shape = list(state.source.weights.meta(f"{weight}.codes")[0])
+    bits = node.meta[CONTAINER][0]
+    known = state.codes.get(weight)
+    if known is not None and (known.pieces[0].axis is None or known.transposed != turned):
+        return  # read in two ways, and noted in one
+    state.codes[weight] = Codes(
+        bits=bits,
+        signed=node.meta["val"].dtype == torch.int8,
+        shape=shape[::-1] if turned else shape,
+        transposed=turned,
+        pieces=[*(known.pieces if known else []), piece],
+    )

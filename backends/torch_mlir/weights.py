@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,8 +14,8 @@ from qcompile.ir.program import Program
 
 Packing: TypeAlias = Literal["packed", "unpacked"]
 
-SLICED = "sliced"
-"""Key in a weight placeholder's meta: (axis, start, end) of the weight that it is a part of, if it is one."""
+SLICED, DEVICE = "sliced", "device"
+"""Keys in a weight placeholder's meta: (axis, runs) of the weight that it is a part of; the device that it lies on."""
 
 
 def set_container(node: fx.Node, groups: int, bits: int, packing: Packing) -> None:
@@ -62,8 +61,3 @@ def read(program: Program, item: Stored) -> Tensor:
     if width == 8:
         return tensor.contiguous().view(torch.int8).view(item.shape)
     return pack_groups(flat, size, width).view(item.shape)
-
-
-def weights_of(program: Program) -> Iterator[fx.Node]:
-    """The placeholders of all weights, in graph order."""
-    yield from program.weight_nodes
