@@ -137,8 +137,8 @@ def _behind(product: Product, products: dict[fx.Node, Product]) -> tuple[list[fx
     seen, waiting, sources = set[fx.Node](), [product.x], []
     while waiting and len(seen) < 400:
         node = waiting.pop()
-        if node in seen or node.op != "call_function":
-            continue
+        if node in seen or node.op != "call_function" or node.target in COMBINED:
+            continue  # a reduction of a token: what else reads its operand leads on
         seen.add(node)
         if node in products:
             sources.append(node)
@@ -257,8 +257,16 @@ def _used_apart(program: Program, node: fx.Node) -> Iterator[tuple[int, int]]:
             bounds = slice_bounds(program, user)
             if bounds is not None:
                 yield bounds
-        elif user.target in (aten.view.default, aten.add.Tensor) and user.meta["val"].shape[-1] == node.meta["val"].shape[-1]:
-            yield from _used_apart(program, user)  # a view of rows, as Conv1D has around its product; a bias
+        elif user.target in _THROUGH and _last(user) == _last(node):
+            yield from _used_apart(program, user)
+
+
+_THROUGH = {aten.view.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.to.dtype}
+"""What stands between a product and those who use it: a view of its rows, scales, a bias."""
+
+
+def _last(node: fx.Node) -> int | None:
+    return dim_of(node.meta["val"], -1)
 
 
 def _divisors(number: int) -> list[int]:

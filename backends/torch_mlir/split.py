@@ -114,24 +114,37 @@ def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int]
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        ins, outs = [i] if i < len(before) else [], [j] if j < len(after) else []
-        left = before[i] if ins else sympy.Integer(1)
-        right = after[j] if outs else sympy.Integer(1)
-        i, j = i + len(ins), j + len(outs)
-        while sympy.simplify(left - right) != 0:
-            larger = (left - right).is_positive if isinstance(left - right, sympy.Expr) else left > right
-            if j < len(after) and (larger or i >= len(before)):
-                right, outs, j = right * after[j], [*outs, j], j + 1
-            elif i < len(before):
-                left, ins, i = left * before[i], [*ins, i], i + 1
+        ins, outs = [*range(i, min(i + 1, len(before)))], [*range(j, min(j + 1, len(after)))]
+        left, right = (_product(before, ins), _product(after, outs))
+        while left != right:
+            more = j + len(outs) < len(after) and (_divides(right, left) or i + len(ins) >= len(before))
+            if more:
+                outs.append(j + len(outs))
+            elif i + len(ins) < len(before):
+                ins.append(i + len(ins))
             else:
-                return [*groups, (ins, outs)]
+                break  # sizes that cannot be told apart: one group of all that is left
+            left, right = (_product(before, ins), _product(after, outs))
+        i, j = i + len(ins), j + len(outs)
         while i < len(before) and before[i] == 1:
             ins, i = [*ins, i], i + 1
         while j < len(after) and after[j] == 1:
             outs, j = [*outs, j], j + 1
         groups.append((ins, outs))
     return groups
+
+
+def _product(sizes: Sequence[Any], axes: list[int]) -> Any:
+    found = sympy.Integer(1)
+    for axis in axes:
+        found = found * sizes[axis]
+    return sympy.expand(found)
+
+
+def _divides(small: Any, large: Any) -> bool:
+    """Whether one product of sizes is a factor of another."""
+    quotient = sympy.cancel(large / small)
+    return bool(sympy.denom(quotient) == 1)
 
 
 def transposed(program: Program, node: fx.Node, splits: Splits) -> Split | None:
@@ -242,6 +255,14 @@ def along_axis(program: Program, node: fx.Node, splits: Splits) -> Split | None:
     return None if axis == splits[source].axis else splits[source]
 
 
+def normalized(program: Program, node: fx.Node, splits: Splits) -> Split | None:
+    """A norm over other axes, the last ones; it may be of each head."""
+    source = program.arg(node, "input")
+    axes = len(program.arg(node, "normalized_shape"))
+    found = splits.get(source)
+    return found if found is not None and found.axis < source.meta["val"].dim() - axes else None
+
+
 def reduced(program: Program, node: fx.Node, splits: Splits) -> Split | None:
     """A reduction over other axes."""
     source = tensors(node)[0]
@@ -283,5 +304,7 @@ RULES: dict[Any, Rule] = {
     aten.bmm.default: batched,
     aten.softmax.int: along_axis,
     aten._softmax.default: along_axis,
+    aten.layer_norm.default: normalized,
+    aten.rms_norm.default: normalized,
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default), reduced),
 }
