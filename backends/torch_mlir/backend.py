@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,9 +24,10 @@ class TorchMlirBackend(Backend):
     """MLIR in the torch dialect, weights in safetensors files that are the runtime's parameters, compiled by IREE.
 
     - `packing`: ``packed`` stores codes of 4 and 2 bits two and four a byte (3 bits take 4), ``unpacked`` one a byte.
-    - `shards`: ``none``; ``layers:N``, N modules with a file each, of ranges of segments; ``tensor:N``, one module whose
-      products are dealt out over N devices.
-    - `cpu`: what to compile for: ``host``, ``x86-64-v3``, ``znver4``, … (`iree-compile --iree-llvmcpu-target-cpu=help`).
+    - `shards`: ``none``; ``layers:N``, N modules with a file each, of ranges of segments; ``tensor:N``, one module
+      whose products are dealt out over N devices.
+    - `dialect`: ``iree``; ``brevitas`` writes products as `quant.matmul_rhs_group_quant`, text that nothing compiles.
+    - `cpu`: what to compile for: ``host``, ``x86-64-v3``, ``znver4``, … (what iree-compile knows).
     - `opt_level`: of iree-compile, ``O0`` to ``O3``.
     - `data_tiling`: lay operands of products out in tiles; a module that fails with it is compiled again without.
     - `flags`: more flags for iree-compile.
@@ -34,6 +35,7 @@ class TorchMlirBackend(Backend):
 
     packing: Packing = "packed"
     shards: str = "none"
+    dialect: Literal["iree", "brevitas"] = "iree"
     cpu: str = "host"
     opt_level: str = "O3"
     data_tiling: bool = True
@@ -47,6 +49,10 @@ class TorchMlirBackend(Backend):
 
         if self.packing not in ("packed", "unpacked"):
             raise RecipeError(f"torch_mlir has no packing={self.packing!r}; use packing=packed or packing=unpacked")
+        if self.dialect not in ("iree", "brevitas"):
+            raise RecipeError(f"torch_mlir has no dialect={self.dialect!r}; use dialect=iree or dialect=brevitas")
+        if self.dialect == "brevitas" and self.shards != "none":
+            raise RecipeError(f"dialect=brevitas is one function, not shards={self.shards}; use shards=none")
         if self.opt_level not in ("O0", "O1", "O2", "O3"):
             raise RecipeError(f"opt_level={self.opt_level!r} is none of iree-compile's; use O0, O1, O2 or O3")
         Shards.parse(self.shards)
@@ -68,9 +74,11 @@ class TorchMlirBackend(Backend):
         return lower(self, program, Path(directory))
 
     def cannot_run(self) -> str | None:
-        """Why nothing can be run here: iree-compile and iree-runtime are not installed."""
+        """Why nothing can be run: IREE is not installed, or the dialect is one that nothing compiles."""
         from qcompile.backends.torch_mlir.toolchain import missing
 
+        if self.dialect == "brevitas":
+            return f"no compiler lowers {self.dialect}'s operator; export with dialect=iree for an artifact that runs"
         return missing()
 
     def load(self, directory: Path) -> IreeRunner:

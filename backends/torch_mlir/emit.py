@@ -1,6 +1,6 @@
 """A program as MLIR text: functions in the torch dialect, weights as named parameters, kernels beside them.
 
-    y = aten.linear.default(x, w)      ⟶      %3 = "torch.aten.linear"(%1, %2, %none) : (…) -> !torch.vtensor<[?,64],f32>
+    y = aten.linear.default(x, w)    ⟶    %3 = "torch.aten.linear"(%1, %2, %none) : (…) -> !torch.vtensor<[?,64],f32>
 
 Operators are written in MLIR's generic form, arguments in the order of their schema: whatever the torch dialect knows
 needs no line here. Each carries the name of its node and module as its location, so that a compiler's complaint can be
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qcompile.backends.torch_mlir import types
+from qcompile.backends.torch_mlir.brevitas import MATMUL, OPERATOR
 from qcompile.backends.torch_mlir.kernels import Kernel, device_promise, kernel_of, storage_of
 from qcompile.errors import LoweringError
 from qcompile.ir.program import Program
@@ -64,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Naming:
-    """How weights are called: scope and key in the parameter files, symbol in the module; and on which device each lies."""
+    """How weights are called: scope and key in the parameter files, symbol in the module; and on which device."""
 
     scope: Callable[[fx.Node], str]
     key: Callable[[fx.Node], str]
@@ -73,7 +74,7 @@ class Naming:
 
 
 def operator_name(target: Any) -> str:
-    """The torch dialect's name of what a node calls: ``torch.aten.add.Tensor``; without an overload where it is default.
+    """The torch dialect's name of what a node calls: ``torch.aten.add.Tensor``; a default overload goes unnamed.
 
     Raises LoweringError for what is no operator.
     """
@@ -88,6 +89,11 @@ def operator_name(target: Any) -> str:
         if name.startswith(f"{old}."):
             return name.replace(old, new, 1)
     return name
+
+
+def emit_torch(program: Program, entry: Entry, naming: Naming, name: str) -> str:
+    """A module of the torch dialect alone: weights are arguments of the function, behind the inputs."""
+    return f"module @{name} {{\n{_Function(program, entry, naming, True).text(weights=True)}\n}}\n"
 
 
 def emit_module(program: Program, entries: Sequence[Entry], naming: Naming, name: str, locations: bool = True) -> str:
@@ -119,10 +125,10 @@ class _Function:
         self._count = 0
         self._here = ""
 
-    def text(self) -> str:
-        """The function."""
+    def text(self, weights: bool = False) -> str:
+        """The function; with `weights`, they are arguments of it."""
         arguments = []
-        for i, node in enumerate(self.program.inputs):
+        for i, node in enumerate([*self.program.inputs, *(self.program.weight_nodes if weights else ())]):
             self.values[node] = Value(f"%arg{i}", self._kind(node.meta["val"]))
             arguments.append(f"%arg{i}: {self.values[node].kind}")
         for node in self.program.nodes:
@@ -142,12 +148,13 @@ class _Function:
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         if (kernel := kernel_of(self.program, node, self.entry.fixed)) is not None:
             return self._kernel(node, kernel)
-        name = operator_name(target)
         if target in _ON_INTEGERS or target is aten.sym_size.int:
-            return self._op(name, [self._literal(a, "int") for a in node.args], ["!torch.int"])[0]
+            return self._op(operator_name(target), [self._literal(a, "int") for a in node.args], ["!torch.int"])[0]
         assert isinstance(target, OpOverload)
         target = _scalar_overload(node, target)
         arguments = [self._argument(a, s.type) for a, s in _by_schema(node, target)]
+        if target is MATMUL:
+            return self._custom(OPERATOR, arguments, self._kind(value))
         name = operator_name(target)
         if isinstance(value, (tuple, list)):
             kinds = [self._kind(v) for v in value]
@@ -240,6 +247,13 @@ class _Function:
         given = ", ".join(kinds) if len(kinds) == 1 else f"({', '.join(kinds)})"
         self._line(f'{", ".join(r.name for r in results)} = "{name}"({names}){attributes} : ({taken}) -> {given}')
         return results
+
+    def _custom(self, name: str, operands: Sequence[Value], kind: str) -> Value:
+        """An operator that the torch dialect does not have itself."""
+        made = self._fresh()
+        names, taken = ", ".join(o.name for o in operands), ", ".join(o.kind for o in operands)
+        self._line(f'{made} = torch.operator "{name}"({names}) : ({taken}) -> {kind}')
+        return Value(made, kind)
 
     def _line(self, text: str) -> None:
         self.lines.append(f"    {text}{self._here}")

@@ -1,4 +1,4 @@
-"""The operators of `ops` as functions on builtin tensors: linalg, which the compiler fuses into loops over packed codes.
+"""The operators of `ops` as functions on builtin tensors: linalg, which becomes loops over packed codes.
 
 A quantized weight ``[…, K]`` lies in memory as ``[…, groups, K / groups]`` of i2, i4 or i8. Dequantizing it is an
 elementwise linalg.generic in front of the product; the product sums over group and place in the group. The compiler
@@ -8,7 +8,7 @@ keeps the two in one loop, so that no unpacked weight is ever stored.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,7 @@ def kernel_of(program: Program, node: fx.Node, fixed: types.Sizes) -> Kernel | N
     if build is None:
         return None
     tensors = tuple(a for a in node.args if isinstance(a, fx.Node))
-    kinds = tuple(
-        storage_of(a) if program.is_weight(a) else _builtin_of(a, fixed) for a in tensors
-    )
+    kinds = tuple(storage_of(a) if program.is_weight(a) else _builtin_of(a, fixed) for a in tensors)
     result = _builtin_of(node, fixed)
     body = build(_Call(program, node, fixed, result))
     marks = [str(node.target).split(".")[1], *kinds, result, *_signs(node)]
@@ -321,7 +319,7 @@ def _transfer(call: _Call) -> str:
     return "\n".join([*lines, f"    %result = flow.tensor.transfer {call.name(x)} : {kind}{sizes} to {promise}"])
 
 
-_BUILDERS = {
+_BUILDERS: dict[Any, Callable[[_Call], str]] = {
     ops.UNPACK: _unpack,
     ops.LINEAR: _linear,
     ops.ROWS: _rows,

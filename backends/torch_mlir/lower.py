@@ -14,7 +14,8 @@ from torch import fx
 from qcompile.backend_base import LoweredFiles, StoredTensor, refuse
 from qcompile.backends.onnx_qcdq.rewriting import base_key
 from qcompile.backends.torch_mlir import toolchain
-from qcompile.backends.torch_mlir.emit import Entry, Naming, emit_module
+from qcompile.backends.torch_mlir.brevitas import OFFSET, OPERATOR, to_brevitas
+from qcompile.backends.torch_mlir.emit import Entry, Naming, emit_module, emit_torch
 from qcompile.backends.torch_mlir.kernels import CONTAINER
 from qcompile.backends.torch_mlir.obstacles import obstacles
 from qcompile.backends.torch_mlir.params import write_parameters
@@ -54,14 +55,17 @@ def lower(backend: TorchMlirBackend, program: Program, directory: Path) -> Lower
     """See `TorchMlirBackend.lower`."""
     refuse(backend, obstacles(program))
     shards = Shards.parse(backend.shards)
-    reason = toolchain.missing()
+    reason = backend.cannot_run()
     cpu, features = (backend.cpu, ()) if reason else toolchain.cpu_target(backend.cpu)
     state = _State(backend, program, directory, [], {}, {}, [], {}, reason is None)
     for index, part in enumerate(layer_ranges(program, shards.layers)):
         prelowered = prelower(part, backend.packing)
         state.products += prelowered.products
         state.integer += prelowered.integer_products
-        _module(state, prelowered, f"shard_{index}" if shards.layers > 1 else "model", shards)
+        if backend.dialect == "brevitas":
+            _interchange(state, prelowered)
+        else:
+            _module(state, prelowered, f"shard_{index}" if shards.layers > 1 else "model", shards)
     plan = Plan(modules=state.modules, codes=state.codes, cpu=cpu, cpu_features=list(features))
     plan.write(directory)
     tensors = tuple(StoredTensor(name, *entry) for name, entry in state.sizes.items())
@@ -80,7 +84,7 @@ def _notes(state: _State, reason: str | None) -> Iterator[str]:
     yield f"{state.products} products with quantized weights, {state.integer} of them on integers"
     yield from state.notes
     if reason is not None:
-        yield f"MLIR and parameter files were written and not compiled: {reason}"
+        yield f"MLIR and parameter files were written, not compiled and not run: {reason}"
     for attempt in state.attempts:
         if attempt.error is not None:
             yield f"compiled again without data tiling: {attempt.module}: {attempt.error}"
@@ -101,11 +105,13 @@ def _module(state: _State, prelowered: Prelowered, name: str, shards: Shards) ->
         program, notes = share(program, ranks)
         state.notes += notes
     keys = canonical(program) if shards.layers > 1 else {n: program.key(n) for n in program.weight_nodes}
-    files = {f"rank{i}": f"rank_{i}.safetensors" for i in range(ranks)} if ranks > 1 else {"model": f"{name}.safetensors"}
+    files = (
+        {f"rank{i}": f"rank_{i}.safetensors" for i in range(ranks)} if ranks > 1 else {"model": f"{name}.safetensors"}
+    )
     scopes = list(files)
 
     def scope(node: fx.Node) -> str:
-        return scopes[node.meta.get(DEVICE, 0)]
+        return scopes[int(node.meta.get(DEVICE, 0))]
 
     for which, file in files.items():
         items = [stored(node, keys[node]) for node in program.weight_nodes if scope(node) == which]
@@ -139,6 +145,30 @@ def _module(state: _State, prelowered: Prelowered, name: str, shards: Shards) ->
     state.modules.append(module)
 
 
+def _interchange(state: _State, prelowered: Prelowered) -> None:
+    """Write the program with `quant.matmul_rhs_group_quant`, and the operands of that."""
+    program, count = to_brevitas(prelowered.program)
+    state.notes.append(f"{count} products as {OPERATOR}")
+    keys = {n: program.key(n) for n in program.weight_nodes}
+    file = "model.safetensors"
+    write_parameters(state.directory / file, program, [stored(n, keys[n]) for n in program.weight_nodes])
+    _record(state, program, lambda node: file, keys)
+    naming = Naming(scope=lambda node: "model", key=lambda node: keys[node], symbol=lambda node: node.name)
+    (state.directory / "model.mlir").write_text(emit_torch(program, Entry(MAIN), naming, "model"))
+    inputs, outputs = [n.name for n in program.inputs], list(program.output_names)
+    module = Module(
+        mlir="model.mlir",
+        vmfb=None,
+        parameters={"model": file},
+        devices=1,
+        inputs=inputs,
+        outputs=outputs,
+        functions=[MAIN],
+        weights=[keys[n] for n in program.weight_nodes],
+    )
+    state.modules.append(module)
+
+
 def symbol_of(key: str) -> str:
     """The name of a weight's global: its key, with what MLIR takes in no plain name replaced."""
     return re.sub(r"[^A-Za-z0-9_$.]", "_", key if key[0].isalpha() else f"_{key}")
@@ -165,7 +195,17 @@ def _record(state: _State, program: Program, file: Callable[[fx.Node], str], key
         weight = _PARTS.sub("", key) if f"{_PARTS.sub('', key)}.codes" in state.source.weights else key
         entry = state.sizes.setdefault(weight, ["", 0, 0])
         entry[2] += item.nbytes
-        if CONTAINER in node.meta:
+        if OFFSET in node.meta:
+            bits, signed = node.meta[OFFSET]
+            entry[:2] = [f"uint{bits}", _elements(state, key)]
+            turned = TRANSPOSED in program.key(node)
+            shape = list(state.source.weights.meta(key)[0])
+            shape = shape[::-1] if turned else shape
+            piece = Piece(file=file(node), key=item.key)
+            state.codes[weight] = Codes(
+                bits=bits, signed=signed, shape=shape, transposed=turned, offset=True, pieces=[piece]
+            )
+        elif CONTAINER in node.meta:
             entry[:2] = [_container(node), _elements(state, key)]
             _note_codes(state, weight, node, Piece(file=file(node), key=item.key), program.key(node))
         elif weight == key:

@@ -24,7 +24,7 @@ _VALUES = "Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, Tensor
 def _unpack(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, steps: Tensor | None
 ) -> Tensor:
-    split = codes.unflatten(-1, (scale.shape[-1], -1))
+    split = codes.view(*codes.shape[:-1], scale.shape[-1], -1)
     bits = split.view(torch.uint8).long()
     values = split.float() if table is None else table[bits]
     if zero_point is not None:

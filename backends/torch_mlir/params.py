@@ -1,4 +1,4 @@
-"""Weights in safetensors files, which IREE maps as parameter files: written one at a time, read back for verification."""
+"""Weights in safetensors files, which IREE maps as parameter files: written one at a time, read back to be checked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qcompile.backends.torch_mlir.plan import Codes
 from qcompile.backends.torch_mlir.weights import Stored, read
 from qcompile.errors import ArtifactError
 from qcompile.ir.program import Program
+from qcompile.numerics.packing import from_unsigned, unpack
 
 _NAMES = {
     torch.float64: "F64",
@@ -71,6 +72,10 @@ def read_codes(directory: Path, codes: Codes) -> Tensor:
                 stored: Tensor = file.get_tensor(piece.key)
         except (SafetensorError, FileNotFoundError, OSError) as error:
             raise ArtifactError(f"{directory / piece.file}: {piece.key}: {error}; export the artifact again") from None
+        if codes.offset:
+            unsigned = unpack(stored, codes.bits, (rows[0], inputs), signed=False)
+            parts.append((piece, from_unsigned(unsigned, codes.bits, codes.signed)))
+            continue
         flat = stored.reshape(-1, *stored.shape[-2:])
         if codes.bits == 8:
             found = flat.flatten(1) if codes.signed else flat.flatten(1).view(torch.uint8)

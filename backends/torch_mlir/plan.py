@@ -20,10 +20,7 @@ class _Strict(BaseModel):
 
 
 class Piece(_Strict):
-    """A part of a weight's codes: the `rows` and `columns` of the matrix that `key` in `file` holds, as runs.
-
-    None stands for all of them.
-    """
+    """A part of a weight's codes, `key` in `file`: the `runs` of indices along `axis`; all, where that is None."""
 
     file: str
     key: str
@@ -38,6 +35,7 @@ class Codes(_Strict):
     signed: bool
     shape: list[int]
     transposed: bool
+    offset: bool = False  # half the range was added to signed codes
     pieces: list[Piece]
 
 
@@ -55,6 +53,7 @@ class Module(_Strict):
     inputs: list[str]
     outputs: list[str]
     functions: list[str]
+    weights: list[str] = []  # keys of those that are arguments, behind the inputs
 
 
 class Plan(_Strict):

@@ -74,7 +74,9 @@ def _integers(rewriter: Rewriter, at: fx.Node, values: Values, x: QuantizedActiv
             shift = rewriter.call(at, aten.mul.Scalar, rewriter.as_dtype(at, x.zero, torch.int32), count)
             sums = rewriter.call(at, aten.sub.Tensor, sums, shift)
         total = _less(rewriter, at, total, sums, _row(rewriter, at, values.zero, torch.int32))
-    scaled = rewriter.call(at, aten.mul.Tensor, rewriter.as_dtype(at, total, torch.float32), _float(rewriter, at, x.scale))
+    scaled = rewriter.call(
+        at, aten.mul.Tensor, rewriter.as_dtype(at, total, torch.float32), _float(rewriter, at, x.scale)
+    )
     return rewriter.call(at, aten.mul.Tensor, scaled, _row(rewriter, at, values.scale, torch.float32))
 
 

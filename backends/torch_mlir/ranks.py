@@ -190,7 +190,7 @@ def _harmless(program: Program, node: fx.Node, splits: Splits) -> bool:
     return node.target in COMBINED and bool(program.arg(node, "keepdim"))
 
 
-COMBINED = {
+COMBINED: dict[Any, Any] = {
     aten.amax.default: aten.maximum.default,
     aten.amin.default: aten.minimum.default,
     aten.sum.dim_IntList: aten.add.Tensor,

@@ -37,8 +37,8 @@ class IreeRunner:
         self.plan = Plan.read(self.directory)
         if lacks := lacking(self.plan.cpu_features):
             raise ArtifactError(
-                f"{directory} was compiled for {self.plan.cpu}, and this CPU has no {', '.join(lacks)}; export it again "
-                "here, or with cpu=x86-64-v3"
+                f"{directory} was compiled for {self.plan.cpu}, and this CPU has no {', '.join(lacks)}; export it "
+                "again here, or with cpu=x86-64-v3"
             )
         wanted = sum(module.devices for module in self.plan.modules)
         if devices is not None and devices != wanted:

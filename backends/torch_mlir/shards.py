@@ -1,4 +1,4 @@
-"""Which parts a program is written in: ``layers:N``, ranges of its segments, or ``tensor:N``, ranks that share products.
+"""Which parts a program is written in: ``layers:N``, ranges of segments, or ``tensor:N``, ranks that share products.
 
 A range of segments is a program of its own, from the residual stream to the residual stream; what inputs alone decide,
 masks and rotary tables, is computed again in each.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -66,7 +67,7 @@ def layer_ranges(program: Program, count: int) -> Iterator[Program]:
         )
     bounds = [0, *(round(i * body / count) for i in range(1, count)), chain.segments]
     carried = set(chain.carried)
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         begin = starts[first] if first else ()
         end = starts[last] if last < len(starts) else ()
         yield part_of(program, begin, end, last == chain.segments, carried)
@@ -101,7 +102,8 @@ def part_of(program: Program, begin: tuple[str, ...], end: tuple[str, ...], last
 def _alive(part: Program, name: str) -> fx.Node:
     """The value of that name, or the input that stands for it."""
     nodes = {node.name: node for node in part.graph.nodes}
-    return nodes.get(f"from_{name}") or nodes[name]
+    found: fx.Node = nodes.get(f"from_{name}") or nodes[name]
+    return found
 
 
 def _become_input(part: Program, node: fx.Node, name: str) -> None:
@@ -140,9 +142,7 @@ def canonical(program: Program) -> dict[fx.Node, str]:
         if found is not None:
             numbers[found[1]] = min(numbers.get(found[1], 1 << 30), int(found[2]))
     keys = {
-        node: program.key(node)
-        if found is None
-        else f"{found[1]}+{int(found[2]) - numbers[found[1]]}{found[3] or ''}"
+        node: program.key(node) if found is None else f"{found[1]}+{int(found[2]) - numbers[found[1]]}{found[3] or ''}"
         for node, found in split.items()
     }
     if len(set(keys.values())) < len(keys):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import sympy
@@ -43,7 +44,7 @@ class Split:
     def contiguous(self) -> bool:
         """Whether the ranks' parts, joined in order, are the tensor."""
         flat = [run for runs in self.runs for run in runs]
-        return all(a[1] == b[0] for a, b in zip(flat, flat[1:], strict=False))
+        return all(a[1] == b[0] for a, b in pairwise(flat))
 
 
 Splits: TypeAlias = dict[fx.Node, Split]

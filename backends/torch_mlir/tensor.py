@@ -212,7 +212,7 @@ class _Builder:
         parted = node.args[0]
         assert isinstance(parted, fx.Node)
         source = tensors(parted)[0]
-        bounds = piece_bounds(self.program, parted, int(node.args[1]))  # type: ignore[call-overload]
+        bounds = piece_bounds(self.program, parted, int(str(node.args[1])))
         assert bounds is not None
         axis, before = int(self.program.arg(parted, "dim")) % source.meta["val"].dim(), self.splits[source]
         start, end = bounds

@@ -88,7 +88,7 @@ def cpu_target(cpu: str) -> tuple[str, tuple[str, ...]]:
 
 
 def lacking(features: Sequence[str]) -> list[str]:
-    """Vector instructions among `features` that this machine's CPU is known to lack; nothing where that is not known."""
+    """Vector instructions among `features` that this machine's CPU lacks; nothing where that is not known."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

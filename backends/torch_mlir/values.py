@@ -1,4 +1,4 @@
-"""A quantized weight in the layout of `ops`: codes ``[…, K]`` along the axis that is summed over, scales ``[…, groups]``.
+"""A quantized weight in the layout of `ops`: codes ``[…, K]``, K the summed axis, scales ``[…, groups]``.
 
 What a format has beside integers and float scales becomes a table: the values of its codes (small floats, codebooks),
 or the steps that its scale bytes stand for (E8M0, E4M3 with one global scale). Scales that are quantized in rows of
@@ -66,7 +66,6 @@ def values_of(rewriter: Rewriter, weight: QuantizedWeight, packing: Packing, tra
 def stores_float_scales(spec: QuantSpec) -> bool:
     """Whether scales are stored as the numbers they are."""
     return isinstance(spec.scale, FloatScale | Pow2Scale) and spec.when != "no_scale"
-
 
 
 def _codes(rewriter: Rewriter, weight: QuantizedWeight, shape: tuple[int, ...], transposed: bool) -> fx.Node:

@@ -56,7 +56,7 @@ def read(program: Program, item: Stored) -> Tensor:
     tensor = program.weight(item.node)
     if CONTAINER not in item.node.meta:
         return tensor.contiguous()
-    width, (*rows, _, size) = item.node.meta[CONTAINER]
+    width, (*_, size) = item.node.meta[CONTAINER]
     flat = tensor.reshape(-1, tensor.shape[-1])
     if width == 8:
         return tensor.contiguous().view(torch.int8).view(item.shape)
