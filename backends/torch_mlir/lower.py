@@ -87,7 +87,7 @@ def _notes(state: _State, reason: str | None) -> Iterator[str]:
         yield f"MLIR and parameter files were written, not compiled and not run: {reason}"
     for attempt in state.attempts:
         if attempt.error is not None:
-            yield f"compiled again without data tiling: {attempt.module}: {attempt.error}"
+            yield f"compiled again with other flags (see build): {attempt.module}: {attempt.error}"
 
 
 def entries_of(program: Program) -> list[Entry]:

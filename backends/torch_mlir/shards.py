@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import fx
 
 from qcompile.calibration.chain import Chain, Target, cut
 from qcompile.errors import LoweringError, RecipeError
 from qcompile.ir.contractions import find_contractions
 from qcompile.ir.program import Program
+from qcompile.ir.types import dim_expr
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,25 @@ def part_of(program: Program, begin: tuple[str, ...], end: tuple[str, ...], last
     part.output_node.args = (tuple(results.values()),)
     part.output_names = tuple(results)
     part.refresh()
+    _settle_sizes(part)
     for node in part.inputs:
         if not node.users:
             part.graph.erase_node(node)
     part.info = dict(program.info)
     return part
+
+
+def _settle_sizes(part: Program) -> None:
+    """Let sizes be read off the first input that has them and is read for more, the same one in parts that are alike."""
+    sizes = torch.ops.aten.sym_size.int
+    needed = [n for n in part.inputs if any(user.target is not sizes for user in n.users)]
+    for node in part.calls(sizes):
+        wanted = dim_expr(node.meta["val"])
+        for source in needed:
+            found = [axis for axis, size in enumerate(source.meta["val"].shape) if dim_expr(size) == wanted]
+            if found:
+                node.args = (source, found[0])
+                break
 
 
 def _alive(part: Program, name: str) -> fx.Node:

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
 import qcompile
 from qcompile.backends.torch_mlir import ops
+from qcompile.backends.torch_mlir.kernels import CONTAINER
 from qcompile.backends.torch_mlir.prelower import prelower
-from qcompile.backends.torch_mlir.ranks import deal
+from qcompile.backends.torch_mlir.ranks import assign, deal
 from qcompile.backends.torch_mlir.split import Split, viewed
 from qcompile.backends.torch_mlir.tensor import share
 from qcompile.backends.torch_mlir.weights import DEVICE, stored
@@ -33,7 +34,7 @@ def bytes_of(program: Program) -> list[int]:
     """Bytes of codes that each rank has."""
     found: Counter[int] = Counter()
     for node in program.weight_nodes:
-        if ".codes" in program.key(node):
+        if CONTAINER in node.meta:
             found[node.meta.get(DEVICE, 0)] += stored(node, "").nbytes
     return [found[rank] for rank in sorted(found)]
 
@@ -60,9 +61,11 @@ def test_uneven() -> None:
     assert notes == ()
 
 
-def test_a_group_is_not_cut() -> None:
-    _, notes = shared(quantized(llama(), "int4 sym group=64"), 2)  # one group in all of attention's 64 channels
-    assert any("on one device alone" in note and "o_proj" in note for note in notes)
+def test_groups_are_not_cut() -> None:
+    program = prelower(quantized(llama(), "int4 sym group=32"), "packed").program
+    found = assign(program, 2)
+    ends = {program.module_of(n).rpartition(".")[2]: [r[0][1] for r in runs] for n, runs in found.sinks.items()}
+    assert ends == {"o_proj": [32, 64], "down_proj": [32, 96]}  # of three groups, one and two
 
 
 def test_fused_projections() -> None:
