@@ -189,8 +189,8 @@ def main() -> None:
         rows.append({"side": f"torch {name}", "weights": "fp32", **columns(times)})
         print(rows[-1], flush=True)
     notes = (
-        f"Llama, hidden 2048 × {LAYERS} layers, vocabulary {VOCABULARY}; milliseconds for a prefill of {PREFILL} tokens "
-        f"and for one token after {PAST}, fastest of several runs, while other programs ran. The head stays in float32. "
+        f"Llama, hidden 2048 × {LAYERS} layers, vocabulary {VOCABULARY}; milliseconds for a prefill of {PREFILL} "
+        f"tokens and for one token after {PAST}, fastest of several runs, the machine shared. The head stays in float32. "
         "Anonymous memory: resident without mapped files. Compiler: iree-compile, for both functions."
     )
     if options.depth:

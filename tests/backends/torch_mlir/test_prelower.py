@@ -9,7 +9,10 @@ from mlir_programs import error, llama, products, prompt, quantized
 import qcompile
 from qcompile.backends.torch_mlir import TorchMlirBackend, ops
 from qcompile.backends.torch_mlir.prelower import prelower
+from qcompile.cli import takers
 from qcompile.ir.program import Program
+from qcompile.numerics.families import FAMILIES
+from qcompile.numerics.spec import QuantSpec
 from qcompile.zoo import path
 
 WEIGHTS = {
@@ -61,6 +64,20 @@ def test_weights_in_every_format(packing: str) -> None:
     found = prelower(program, packing)  # type: ignore[arg-type]
     assert len(found.program.calls(ops.LINEAR)) == len(WEIGHTS)
     agrees(program, found.program)
+
+
+def test_every_format_that_is_taken() -> None:
+    for text in (text for family in FAMILIES for text in family.specs):
+        spec = QuantSpec.parse(text)
+        for use in takers.uses(spec):
+            if takers.reasons(spec, use)["torch_mlir"]:
+                continue
+            make = takers._with_weight if use == "weight" else takers._with_activation
+            program = make(spec)
+            found = prelower(program, "packed").program
+            shape = [int(d) if isinstance(d, int) else 3 for d in program.inputs[0].meta["val"].shape]
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            assert error(found.run({"x": x})["y"], program.run({"x": x})["y"]) < 3e-6, text
 
 
 def test_integers_are_summed_as_integers() -> None:
