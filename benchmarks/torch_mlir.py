@@ -190,8 +190,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     notes = (
         f"Llama, hidden 2048 × {LAYERS} layers, vocabulary {VOCABULARY}; milliseconds for a prefill of {PREFILL} "
-        f"tokens and for one token after {PAST}, fastest of several runs, the machine shared. The head stays in float32. "
-        "Anonymous memory: resident without mapped files. Compiler: iree-compile, for both functions."
+        f"tokens and for one token after {PAST}, fastest of several runs, the machine shared. The head stays in "
+        "float32. Anonymous memory: resident without mapped files. Compiler: iree-compile, for both functions."
     )
     if options.depth:
         few, many = depth(folder, 4), depth(folder, 32)
