@@ -49,6 +49,10 @@ def _dtypes(program: Program) -> Iterator[tuple[fx.Node, str]]:
         if value.dtype in _FLOAT32_ONLY or not types.taken(value.dtype):
             name = str(value.dtype).removeprefix("torch.")
             yield node, f"modules compute in float32, not in {name}; capture the model with dtype=float32"
+    for node in program.nodes:
+        value = node.meta["val"]
+        if isinstance(value, Tensor) and not types.taken(value.dtype):
+            yield node, f"{node.target} gives {value.dtype}, which modules do not compute with; leave that part out"
 
 
 def _operator(node: fx.Node) -> Iterator[str]:

@@ -103,7 +103,7 @@ def part_of(program: Program, begin: tuple[str, ...], end: tuple[str, ...], last
 
 
 def _settle_sizes(part: Program) -> None:
-    """Let sizes be read off the first input that has them and is read for more, the same one in parts that are alike."""
+    """Let sizes be read off the first input that has them, the same one in parts that are alike."""
     sizes = torch.ops.aten.sym_size.int
     needed = [n for n in part.inputs if any(user.target is not sizes for user in n.users)]
     for node in part.calls(sizes):

@@ -39,7 +39,8 @@ def globals_of(directory: Path, flags: list[str]) -> list[str]:
 
 
 def test_every_form_runs_on_packed_weights(iree: None, tmp_path: Path) -> None:
-    layers = {name: (spec, None) for name, spec in WEIGHTS.items()} | {
+    # A scale for every column of every row takes more room than the weight: that one is unpacked at load.
+    layers = {name: (spec, None) for name, spec in WEIGHTS.items() if name != "columns"} | {
         f"i_{k}": v for k, v in (INTEGERS | MIXED).items()
     }
     program = products(layers)
@@ -151,9 +152,9 @@ def test_a_failure_with_data_tiling_is_tried_again_without(
 
 
 def test_the_compilers_error_names_the_node(iree: None, tmp_path: Path) -> None:
-    text = "def main(x: f32[4, 4]):\n    y = aten.diff.default(x)  # some.module\n    return {'y': y}"
+    text = "def main(x: f32[4, 4]):\n    y = aten.erfinv.default(x)  # some.module\n    return {'y': y}"
     with pytest.raises(
-        LoweringError, match=r"iree-compile .* refuses model.mlir: .*diff.* at y \(module some.module\)"
+        LoweringError, match=r"iree-compile .* refuses model.mlir: .*erfinv.* at y \(module some.module\)"
     ):
         FAST.lower(Program.parse(text), tmp_path)
 

@@ -121,3 +121,12 @@ def test_operators_that_iree_does_not_know_are_named_with_their_module(iree: Non
     found = TorchMlirBackend().obstacles(Program.parse(text))
     assert [o.module for o in found] == ["some.module"]
     assert "not in IREE's torch dialect" in found[0].reason
+
+
+def test_results_of_other_types_are_named() -> None:
+    text = "def main(x: f32[4, 4]):\n    y = aten.fft_fft.default(x)  # some.module\n    return {'y': y}"
+    found = [str(o) for o in TorchMlirBackend().obstacles(Program.parse(text))]
+    assert found == [
+        "y (module some.module): aten.fft_fft.default gives torch.complex64, which modules do not compute with; leave "
+        "that part out"
+    ]
