@@ -77,7 +77,7 @@ class Backend(ABC):
         """Write the artifact's files into an existing, empty directory."""
 
     def cannot_run(self) -> str | None:
-        """Why an artifact cannot be run here, and the way out; None where it can. It is then written and not compared."""
+        """Why an artifact cannot be run here, so that it is written and not compared; None where it can."""
         return None
 
     @abstractmethod

@@ -20,6 +20,7 @@ from qcompile.backends.torch_mlir.runtime import IreeRunner
 from qcompile.errors import ArtifactError, LoweringError, QCompileError, RecipeError
 from qcompile.generate import ProgramStepper, generate
 from qcompile.ir.program import Program
+from qcompile.ir.run import fill
 
 Exported = Callable[[str], tuple[Program, Artifact]]
 
@@ -123,6 +124,20 @@ def test_inputs_are_checked(exported: Exported) -> None:
         runner.run({"input_ids": prompt(), "extra": prompt()})
     with pytest.raises(QCompileError, match="is missing; the artifact takes"):
         runner.run({"input_ids": prompt()})
+
+
+def test_the_first_difference_is_named(exported: Exported) -> None:
+    program, artifact = exported("none")
+    feeds = fill(program, {"input_ids": prompt()})
+    assert artifact.backend.first_difference(program, artifact.directory, feeds, 1e-3) == "unknown"
+    for key, wanted in (
+        ("lm_head.weight", "logits, which linear"),
+        ("model.layers.1.input_layernorm.weight", "present_1"),
+    ):
+        other = program.clone()
+        other.weights[key] = other.weights[key] * 1.5
+        found = artifact.backend.first_difference(other, artifact.directory, feeds, 1e-3)
+        assert found.startswith(wanted), found
 
 
 def test_bad_cpus_and_options(iree: None, tmp_path: Path) -> None:
