@@ -142,7 +142,8 @@ def export_program(
         lowered = backend.lower(program, staged)
         copy_tokenizer(program, staged)
         reference = _reference(program, staged)
-        agreement = _agreement(program, backend, staged, reference)
+        why = backend.cannot_run()
+        agreement = None if why else _agreement(program, backend, staged, reference)
         figures = dict(sqnr or {}), dict(proofs or {})
         manifest = _manifest(program, backend, lowered, dict(recipe), figures, source or program, agreement, staged)
         manifest.write(staged)
@@ -244,7 +245,7 @@ def _manifest(
     recipe: dict[str, Any],
     figures: tuple[dict[str, float], dict[str, AccumulatorEntry]],
     source: Program,
-    agreement: Agreement,
+    agreement: Agreement | None,
     directory: Path,
 ) -> Manifest:
     import dataclasses
@@ -283,6 +284,7 @@ def _manifest(
         float32_bytes=float32_bytes(source),
         agreement=agreement,
         notes=list(lowered.notes),
+        build=dict(lowered.build),
         files=files,
     )
 

@@ -50,6 +50,7 @@ class LoweredFiles:
     tensors: tuple[StoredTensor, ...]
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)  # how it was compiled: for what, with which flags
 
 
 class Runner(Protocol):
@@ -74,6 +75,10 @@ class Backend(ABC):
     @abstractmethod
     def lower(self, program: Program, directory: Path) -> LoweredFiles:
         """Write the artifact's files into an existing, empty directory."""
+
+    def cannot_run(self) -> str | None:
+        """Why an artifact cannot be run here, so that it is written and not compared; None where it can."""
+        return None
 
     @abstractmethod
     def load(self, directory: Path) -> Runner:

@@ -93,6 +93,7 @@ class Manifest(_Strict):
     float32_bytes: int
     agreement: Agreement | None = None
     notes: list[str] = []
+    build: dict[str, Any] = {}
     files: dict[str, FileEntry]
 
     def write(self, directory: Path) -> None:

@@ -1,1 +1,5 @@
-"""torch_mlir: how quantized weights lie in the constants of torch dialect MLIR. No target of its own yet."""
+"""torch_mlir: MLIR in the torch dialect, packed and sharded weights, compiled and run by IREE (see README.md)."""
+
+from qcompile.backends.torch_mlir.backend import TorchMlirBackend
+
+__all__ = ["TorchMlirBackend"]
