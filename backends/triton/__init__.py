@@ -1,1 +1,5 @@
-"""triton: how quantized weights lie in memory for kernels that unpack them tile by tile. No target of its own yet."""
+"""triton: executables with packed weights whose products are Triton kernels (see README.md)."""
+
+from qcompile.backends.triton.backend import TritonBackend
+
+__all__ = ["TritonBackend"]
