@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qcompile.backends.triton.launch import Variant, kernel_function, require_triton
+from qcompile.backends.triton.launch import Variant, for_chip, kernel_function, require_triton
 from qcompile.backends.triton.targets import GPU
 from qcompile.errors import LoweringError
 
@@ -57,7 +57,7 @@ def compile_variant(variant: Variant, gpu: GPU) -> Binary:
     from triton.compiler import ASTSource
 
     kernel = kernel_function(variant.kernel)
-    constants = {name: value for name, value in variant.constants if name in kernel.arg_names}
+    constants = for_chip(dict(variant.constants), gpu.backend, gpu.fp8)
     types = {name: kind for name, kind, _ in variant.signature}
     if unknown := [name for name in kernel.arg_names if name not in types and name not in constants]:
         raise LoweringError(f"kernel {variant.kernel} was given no {unknown[0]!r}")

@@ -13,7 +13,7 @@ from qcompile.backends.triton.targets import GPU, occupancy
 from qcompile.errors import LoweringError
 from qcompile.progress import track
 
-_TILES = ("BLOCK_M", "BLOCK_N", "PARTIAL", "STAGES", "SCALE_FIRST")
+_TILES = ("BLOCK_M", "BLOCK_N", "PARTIAL", "STAGES", "SCALE_FIRST", "RUNS")
 """Constants that a configuration decides: they stand in a file's name, not in its folder's."""
 
 

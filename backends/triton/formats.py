@@ -36,9 +36,10 @@ class WeightFormat:
     - `rows`: outputs that share a scale, 0 for all of them.
     - `zero`: `none`, `int` or `float`, as stored.  `scale`: `float`, `e8m0` or `e4m3`.
     - `outer`: whether a scale is divided by the tensor's global one.  `times`: what every step is multiplied by.
+    - `layout`: `tile` (see `pack`), or `rows`: 8-bit codes as they are, [N, K], for 8-bit tensor cores.
 
     >>> str(WeightFormat("int4", 4, 256, 64, 128))
-    'int4 bits=4 k=256 block_k=64 group=128 rows=1 zero=none scale=float outer=0 times=1.0'
+    'int4 bits=4 k=256 block_k=64 group=128 rows=1 zero=none scale=float outer=0 times=1.0 layout=tile'
     """
 
     element: str
@@ -51,6 +52,7 @@ class WeightFormat:
     scale: str = "float"
     outer: bool = False
     times: float = 1.0
+    layout: str = "tile"
 
     def __post_init__(self) -> None:
         if self.group and self.group % self.block_k:
@@ -115,11 +117,24 @@ class WeightFormat:
         """Codes [N, k] as the planes of `TileOrder`, with zeros behind the last of a row."""
         if codes.shape[1] != self.k:
             raise SpecError(f"codes of shape {list(codes.shape)} for rows of {self.k}; pass the weight [N, K]")
-        return self.order.pack(torch.nn.functional.pad(codes, (0, self.padded - self.k)))
+        padded = torch.nn.functional.pad(codes, (0, self.padded - self.k))
+        return (padded,) if self.layout == "rows" else self.order.pack(padded)
 
     def unpack(self, planes: list[Tensor]) -> Tensor:
         """The codes [N, k] that `pack` was given."""
-        return self.order.unpack(planes)[:, : self.k].contiguous()
+        whole = planes[0] if self.layout == "rows" else self.order.unpack(planes)
+        return whole[:, : self.k].contiguous()
+
+    def plane_shapes(self, outputs: int) -> list[tuple[tuple[int, int], torch.dtype]]:
+        """Shape and dtype of every plane of a weight with so many outputs."""
+        if self.layout == "rows":
+            return [((outputs, self.padded), torch.int8 if self.order.signed else torch.uint8)]
+        return [((self.padded * width // 32, outputs), torch.int32) for width in self.order.widths]
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of a plane that outputs lie along."""
+        return 0 if self.layout == "rows" else 1
 
 
 @lru_cache(maxsize=1024)

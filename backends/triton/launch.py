@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -37,13 +38,14 @@ POINTERS = {
     torch.bool: "*i1",
 }
 ALIGNMENT = 16
-VARYING = frozenset({"M", "MN", "runs", "runs_a_part", "parts", "tokens"})
+VARYING = frozenset({"M", "MN", "runs", "runs_a_part", "steps", "steps_a_part", "parts", "tokens_a_part", "R", "S", "T", "ROWS"})
 """Integers that differ from call to call or from layer to layer: nothing is assumed of them."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and resources of a kernel: what tuning chooses between. `parts` cuts K, and is no constant.
+    """Tile sizes and resources of a kernel: what tuning chooses between. `parts` cuts K, and is no constant; `runs` of
+    packed codes make a step.
 
     >>> str(Config(16, 64, parts=4)), str(Config(16, 64))
     ('m16_n64_w4_s3_partial', 'm16_n64_w4_s3')
@@ -54,6 +56,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     parts: int = 1
+    runs: int = 1
 
     @property
     def label(self) -> str:
@@ -62,7 +65,7 @@ class Config:
 
     def __str__(self) -> str:
         """The name of the binary: parts differ by whether there are several."""
-        end = "_partial" if self.parts > 1 else ""
+        end = ("_partial" if self.parts > 1 else "") + (f"_r{self.runs}" if self.runs > 1 else "")
         return f"m{self.block_m}_n{self.block_n}_w{self.warps}_s{self.stages}{end}"
 
 
@@ -116,6 +119,26 @@ def _type(name: str, value: Argument) -> tuple[str, bool]:
     return "i32", name not in VARYING and value % ALIGNMENT == 0
 
 
+EXACT, NATIVE = "exact", "native"
+"""Constants that stand for what a chip has: the precise product of float32 on tensor cores; whether it multiplies fp8."""
+
+
+def for_chip(constants: Mapping[str, Constant], backend: str, fp8: bool) -> dict[str, Constant]:
+    """The constants with `EXACT` and `NATIVE` said in the words of a backend (``cuda``, ``hip``, ``cpu``)."""
+    words: dict[Constant, Constant] = {EXACT: "tf32x3" if backend == "cuda" else "ieee", NATIVE: fp8}
+    return {name: words.get(v, v) if isinstance(v, str) else v for name, v in constants.items()}
+
+
+@cache
+def chip() -> tuple[str, bool]:
+    """Backend of the current GPU, ``cpu`` without one, and whether it multiplies OCP's e4m3."""
+    if not torch.cuda.is_available():
+        return "cpu", False
+    if torch.version.hip:
+        return "hip", str(torch.cuda.get_device_properties(0).gcnArchName).startswith("gfx95")
+    return "cuda", torch.cuda.get_device_capability() >= (8, 9)
+
+
 class Dispatcher(Protocol):
     """Who chooses configurations and runs kernels."""
 
@@ -141,7 +164,8 @@ class JustInTime:
         for launch in launches:
             kernel = wrapped(kernel_function(launch.kernel, self.package))
             options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-            kernel[launch.grid](**launch.arguments, **launch.constants, **options)
+            constants = for_chip(launch.constants, *chip())
+            kernel[launch.grid](**launch.arguments, **constants, **options)
 
 
 def wrapped(kernel: Any) -> Any:

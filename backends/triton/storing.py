@@ -18,7 +18,7 @@ from qcompile.ir.program import Program
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Where the codes of a weight lie: columns `start` to `stop` of the planes; [K, N] in the program if `transposed`.
+    """Where the codes of a weight lie: outputs `start` to `stop` of `columns` in the planes; [K, N] in the program if `transposed`.
 
     `stored` are the keys of all that is stored for it and those it is merged with, planes first.
     """
@@ -55,7 +55,7 @@ def store(rewriter: Rewriter, sites: Sequence[Site], index: list[PackedWeight]) 
     """Bind the packed form of the weights of `sites`, side by side, to new keys; `index` is told where each lies."""
     program, form = rewriter.program, sites[0].form
     names = [weight_name(program, site.product.weight) for site in sites]
-    base, widths = merged_name(names), form.order.widths
+    base = merged_name(names)
     turned = [not site.product.out_first for site in sites]
     outputs = [outputs_of(site) for site in sites]
     columns = sum(outputs)
@@ -65,10 +65,10 @@ def store(rewriter: Rewriter, sites: Sequence[Site], index: list[PackedWeight]) 
             f"{base}.plane{i}",
             codes,
             partial(_plane, form, i, turned),
-            (form.padded * width // 32, columns),
-            torch.int32,
+            shape,
+            dtype,
         )
-        for i, width in enumerate(widths)
+        for i, (shape, dtype) in enumerate(form.plane_shapes(columns))
     ]
     scale = _parameter(rewriter, f"{base}.step", [s.product.weight.scale for s in sites], turned, form.scale)
     zeros = [site.product.weight.zero for site in sites if site.product.weight.zero is not None]
@@ -110,7 +110,7 @@ def merged_name(names: Sequence[str]) -> str:
 def _plane(form: WeightFormat, plane: int, turned: Sequence[bool], *codes: Tensor) -> Tensor:
     """One plane of several weights side by side."""
     packed = [form.pack(c.t().contiguous() if turn else c)[plane] for c, turn in zip(codes, turned, strict=True)]
-    return torch.cat(packed, 1)
+    return torch.cat(packed, form.output_axis)
 
 
 def _parameter(rewriter: Rewriter, key: str, parts: Sequence[fx.Node], turned: Sequence[bool], kind: str) -> fx.Node:
@@ -165,7 +165,8 @@ def unpacked(weight: PackedWeight, planes: Sequence[Tensor]) -> Tensor:
 
 
 def _codes(weight: PackedWeight, form: WeightFormat, planes: Sequence[Tensor]) -> Tensor:
-    codes = form.unpack([plane[:, weight.start : weight.stop].contiguous() for plane in planes])
+    count = weight.stop - weight.start
+    codes = form.unpack([plane.narrow(form.output_axis, weight.start, count).contiguous() for plane in planes])
     return codes.t().contiguous() if weight.transposed else codes
 
 

@@ -8,33 +8,40 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack(words, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile of words [BLOCK_K * WIDTH / 32, BLOCK_N] as codes [BLOCK_K, BLOCK_N], rows in order of k."""
-    shifts = (WIDTH * tl.arange(0, 32 // WIDTH))[:, None, None]
-    fields = (words[None, :, :] >> shifts) & ((1 << WIDTH) - 1)
-    return tl.reshape(fields, [BLOCK_K, BLOCK_N])
+def load_words(
+    plane, run, runs, columns, inside, N, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr
+):  # fmt: skip
+    """The words [RUNS, words a run, BLOCK_N] of RUNS runs from `run` on: neighbouring threads read neighbouring outputs,
+    16 bytes each. They are read once, so they leave the cache first."""
+    WORDS: tl.constexpr = BLOCK_K * WIDTH // 32
+    which = run + tl.arange(0, RUNS)
+    rows = which[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    at = plane + rows[:, :, None] * N + columns[None, None, :]
+    mask = inside[None, None, :]
+    if RUNS > 1:
+        mask = mask & (which < runs)[:, None, None]
+    return tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def load_words(plane, run, columns, inside, N, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The words of one run: neighbouring threads read neighbouring outputs, 16 bytes each. They are read once, so they
-    leave the cache first."""
-    WORDS: tl.constexpr = BLOCK_K * WIDTH // 32
-    rows = run * WORDS + tl.arange(0, WORDS)
-    at = plane + rows[:, None] * N + columns[None, :]
-    return tl.load(at, mask=inside[None, :], other=0, eviction_policy="evict_first")
+def unpack(words, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr):
+    """Words as codes [RUNS, BLOCK_K, BLOCK_N], those of a run in order of k."""
+    shifts = (WIDTH * tl.arange(0, 32 // WIDTH))[None, :, None, None]
+    fields = (words[:, None, :, :] >> shifts) & ((1 << WIDTH) - 1)
+    return tl.reshape(fields, [RUNS, BLOCK_K, BLOCK_N])
 
 
 @triton.jit
 def load_codes(
-    plane0, plane1, run, columns, inside, N,
-    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    plane0, plane1, run, runs, columns, inside, N, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """The codes [BLOCK_K, BLOCK_N] of one run, from one plane or two (low bits, high bits)."""
-    codes = unpack(load_words(plane0, run, columns, inside, N, WIDTH0, BLOCK_K), WIDTH0, BLOCK_K, BLOCK_N)
+    """The codes [RUNS, BLOCK_K, BLOCK_N] of some runs, from one plane or two (low bits, high bits)."""
+    words = load_words(plane0, run, runs, columns, inside, N, WIDTH0, BLOCK_K, RUNS)
+    codes = unpack(words, WIDTH0, BLOCK_K, BLOCK_N, RUNS)
     if WIDTH1 > 0:
-        high = unpack(load_words(plane1, run, columns, inside, N, WIDTH1, BLOCK_K), WIDTH1, BLOCK_K, BLOCK_N)
-        codes = codes | (high << WIDTH0)
+        words = load_words(plane1, run, runs, columns, inside, N, WIDTH1, BLOCK_K, RUNS)
+        codes = codes | (unpack(words, WIDTH1, BLOCK_K, BLOCK_N, RUNS) << WIDTH0)
     return codes
 
 
@@ -48,7 +55,7 @@ def half_float(codes, BITS: tl.constexpr, MANTISSA: tl.constexpr, LIFT: tl.const
     magnitude = (codes & ((1 << (BITS - 1)) - 1)) << (10 - MANTISSA)
     half = (sign | magnitude).to(tl.uint16).to(tl.float16, bitcast=True)
     factor: tl.constexpr = 2.0**LIFT
-    return half * tl.full([1, 1], factor, tl.float16)
+    return half * tl.full([1, 1, 1], factor, tl.float16)
 
 
 @triton.jit
@@ -67,16 +74,23 @@ def decode(
 
 
 @triton.jit
-def load_step(
-    scale, factor, group, columns, inside, stride, ROWS: tl.constexpr,
-    SCALE: tl.constexpr, OUTER: tl.constexpr, TIMES: tl.constexpr,
+def parameter_at(
+    run, runs, columns, inside, stride, ROWS: tl.constexpr, GROUP_RUNS: tl.constexpr, RUNS: tl.constexpr
 ):  # fmt: skip
-    """The fp32 steps of some outputs in one group; `stride` scales a group, ROWS outputs to a scale (0: all)."""
-    if ROWS == 0:
-        at = scale + group * stride + columns * 0
-    else:
-        at = scale + group * stride + columns // ROWS
-    stored = tl.load(at, mask=inside, other=0)
+    """Where the parameters of RUNS runs lie, [RUNS, BLOCK_N], and which of them there are.
+
+    `stride` parameters a group, ROWS outputs to a parameter (0: all), GROUP_RUNS runs to a group (0: all).
+    """
+    which = run + tl.arange(0, RUNS)
+    group = which * 0 if GROUP_RUNS == 0 else which // GROUP_RUNS
+    output = columns * 0 if ROWS == 0 else columns // ROWS
+    return group[:, None] * stride + output[None, :], inside[None, :] & (which < runs)[:, None]
+
+
+@triton.jit
+def load_step(scale, factor, at, mask, SCALE: tl.constexpr, OUTER: tl.constexpr, TIMES: tl.constexpr):
+    """fp32 steps out of stored scales: floats, powers of two as exponents (`e8m0`), or `e4m3` bit patterns."""
+    stored = tl.load(scale + at, mask=mask, other=0)
     if SCALE == "e8m0":
         step = (stored.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     elif SCALE == "e4m3":

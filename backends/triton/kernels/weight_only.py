@@ -1,11 +1,12 @@
 """y[M, N] = x[M, K] · W[N, K]ᵀ with packed weights and float activations: integers of 1 to 8 bits, MXFP4, MXFP8, NVFP4,
 fp8, codebooks.
 
-Where tiles go. `gemm`: a program owns BLOCK_M x BLOCK_N outputs of one part of K. A step takes x [BLOCK_M, BLOCK_K]
-(through shared memory), unpacks codes [BLOCK_K, BLOCK_N] in registers, and multiplies in tensor cores; BLOCK_K divides
-the group, so one step has one scale an output. The scale goes onto the sums (exact codes in the product, fp32 after it)
-or, with SCALE_FIRST, onto the codes, in fp32, before they are rounded to x's type: that spares BLOCK_M x BLOCK_N
-multiplications a step where BLOCK_M is large, and is what a float zero-point needs.
+Where tiles go. Codes come in runs of BLOCK_K along K, which divides the group, so that a run has one scale an output;
+a step takes RUNS of them. `gemm`: a program owns BLOCK_M x BLOCK_N outputs of one part of K. A step takes x [BLOCK_M,
+RUNS * BLOCK_K] (through shared memory), unpacks codes [RUNS * BLOCK_K, BLOCK_N] in registers, and multiplies in tensor
+cores. With one run a step the scale goes onto the sums: exact codes in the product, fp32 behind it. With SCALE_FIRST it
+goes onto the codes, in fp32, before they are rounded to x's type: that spares BLOCK_M x BLOCK_N multiplications a step,
+and is what several runs, or a float zero-point, need.
 `gemv`: one row of x; a program owns BLOCK_N outputs of one part of K. No tensor cores: a thread keeps the words it loaded,
 takes them apart field by field, and adds up in fp32.
 
@@ -18,7 +19,7 @@ unpacking is amortised and the product is as compute bound as fp16.
 import triton
 import triton.language as tl
 
-from .decode import decode, load_codes, load_step, load_words
+from .decode import decode, load_codes, load_step, load_words, parameter_at
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def gemm(
     MANTISSA: tl.constexpr, LIFT: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, TIMES: tl.constexpr,
     ZERO: tl.constexpr, ROWS: tl.constexpr, GROUP_RUNS: tl.constexpr, BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, SCALE_FIRST: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """See above. `out` is y, or with PARTIAL the sums [parts, M, N] in fp32; GROUP_RUNS is 0 for one group a row."""
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -40,22 +41,24 @@ def gemm(
     first = part * runs_a_part
     last = tl.minimum(first + runs_a_part, runs)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for run in range(first, last):
-        k = run * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = inside_m[:, None] if EVEN_K else inside_m[:, None] & (k < K)[None, :]
+    for run in range(first, last, RUNS):
+        k = run * BLOCK_K + tl.arange(0, RUNS * BLOCK_K)
+        mask = inside_m[:, None] if EVEN_K and RUNS == 1 else inside_m[:, None] & (k < K)[None, :]
         tile = tl.load(x + rows[:, None] * stride_x + k[None, :], mask=mask, other=0.0)
-        codes = load_codes(plane0, plane1, run, columns, inside_n, N, WIDTH0, WIDTH1, BLOCK_K, BLOCK_N)
+        codes = load_codes(
+            plane0, plane1, run, runs, columns, inside_n, N, WIDTH0, WIDTH1, BLOCK_K, BLOCK_N, RUNS
+        )  # fmt: skip
         values = decode(codes, table, KIND, OFFSET, BITS, MANTISSA, LIFT)
-        group = 0 if GROUP_RUNS == 0 else run // GROUP_RUNS
-        step = load_step(scale, factor, group, columns, inside_n, stride_scale, ROWS, SCALE, OUTER, TIMES)
+        at, there = parameter_at(run, runs, columns, inside_n, stride_scale, ROWS, GROUP_RUNS, RUNS)
+        step = load_step(scale, factor, at, there, SCALE, OUTER, TIMES)
         if ZERO != "none":
-            at = zero + group * stride_scale + (columns * 0 if ROWS == 0 else columns // ROWS)
-            point = tl.load(at, mask=inside_n, other=0)
-            values = values - (point.to(tl.int32) if ZERO == "int" else point.to(tl.float32))[None, :]
+            point = tl.load(zero + at, mask=there, other=0)
+            values = values - (point.to(tl.int32) if ZERO == "int" else point.to(tl.float32))[:, None, :]
         if SCALE_FIRST:
-            values = values.to(tl.float32) * step[None, :]
-        product = tl.dot(tile, values.to(tile.dtype), out_dtype=tl.float32, input_precision=PRECISION)
-        total += product if SCALE_FIRST else product * step[None, :]
+            values = values.to(tl.float32) * step[:, None, :]
+        values = tl.reshape(values.to(tile.dtype), [RUNS * BLOCK_K, BLOCK_N])
+        product = tl.dot(tile, values, out_dtype=tl.float32, input_precision=PRECISION)
+        total += product if SCALE_FIRST else product * tl.reshape(step, [1, BLOCK_N])
     at = rows[:, None] * N + columns[None, :]
     mask = inside_m[:, None] & inside_n[None, :]
     if PARTIAL:
@@ -72,7 +75,8 @@ def gemv(
     KIND: tl.constexpr, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr,
     MANTISSA: tl.constexpr, LIFT: tl.constexpr, SCALE: tl.constexpr, OUTER: tl.constexpr, TIMES: tl.constexpr,
     ZERO: tl.constexpr, ROWS: tl.constexpr, GROUP_RUNS: tl.constexpr, BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row of x a program (axis 2), BLOCK_N outputs (axis 0), one part of K (axis 1)."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -83,31 +87,31 @@ def gemv(
     DEPTH: tl.constexpr = BLOCK_K // FIELDS
     first = part * runs_a_part
     last = tl.minimum(first + runs_a_part, runs)
-    total = tl.zeros([DEPTH, BLOCK_N], dtype=tl.float32)
-    for run in tl.range(first, last, num_stages=STAGES):
+    total = tl.zeros([RUNS, DEPTH, BLOCK_N], dtype=tl.float32)
+    for run in tl.range(first, last, RUNS, num_stages=STAGES):
         if WIDTH1 == 0:
-            words = load_words(plane0, run, columns, inside, N, WIDTH0, BLOCK_K)
+            words = load_words(plane0, run, runs, columns, inside, N, WIDTH0, BLOCK_K, RUNS)
         else:
-            words = load_codes(plane0, plane1, run, columns, inside, N, WIDTH0, WIDTH1, BLOCK_K, BLOCK_N)
-        group = 0 if GROUP_RUNS == 0 else run // GROUP_RUNS
-        step = load_step(scale, factor, group, columns, inside, stride_scale, ROWS, SCALE, OUTER, TIMES)
+            words = load_codes(plane0, plane1, run, runs, columns, inside, N, WIDTH0, WIDTH1, BLOCK_K, BLOCK_N, RUNS)
+        at, there = parameter_at(run, runs, columns, inside, stride_scale, ROWS, GROUP_RUNS, RUNS)
+        step = load_step(scale, factor, at, there, SCALE, OUTER, TIMES)
         if ZERO != "none":
-            at = zero + group * stride_scale + (columns * 0 if ROWS == 0 else columns // ROWS)
-            point = tl.load(at, mask=inside, other=0).to(tl.float32)
-        product = tl.zeros([DEPTH, BLOCK_N], dtype=tl.float32)
+            point = tl.load(zero + at, mask=there, other=0).to(tl.float32)
+        product = tl.zeros([RUNS, DEPTH, BLOCK_N], dtype=tl.float32)
+        starts = (run + tl.arange(0, RUNS)) * BLOCK_K
         for field in tl.static_range(FIELDS):
-            k = run * BLOCK_K + field * DEPTH + tl.arange(0, DEPTH)
-            if EVEN_K:
+            k = starts[:, None] + field * DEPTH + tl.arange(0, DEPTH)[None, :]
+            if EVEN_K and RUNS == 1:
                 piece = tl.load(x + row * stride_x + k).to(tl.float32)
             else:
                 piece = tl.load(x + row * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
             codes = (words >> (WIDTH0 * field)) & ((1 << WIDTH0) - 1) if WIDTH1 == 0 else words
             values = decode(codes, table, KIND, OFFSET, BITS, MANTISSA, LIFT).to(tl.float32)
             if ZERO != "none":
-                values = values - point[None, :]
-            product += piece[:, None] * values
-        total += product * step[None, :]
-    sums = tl.sum(total, axis=0)
+                values = values - point[:, None, :]
+            product += piece[:, :, None] * values
+        total += product * step[:, None, :]
+    sums = tl.sum(tl.reshape(total, [RUNS * DEPTH, BLOCK_N]), axis=0)
     if PARTIAL:
         tl.store(out + (part * M + row) * N + columns, sums, mask=inside)
     else:

@@ -4,6 +4,14 @@ Importing this package registers them as `torch.ops.qcompile_triton`; Triton is 
 a CPU.
 """
 
-from qcompile.backends.triton.ops import weight_only
+from qcompile.backends.triton.ops import (
+    attention,
+    experts,
+    hadamard,
+    quantize_rows,
+    quantized_linear,
+    scaled_linear,
+    weight_only,
+)
 
-__all__ = ["weight_only"]
+__all__ = ["attention", "experts", "hadamard", "quantize_rows", "quantized_linear", "scaled_linear", "weight_only"]

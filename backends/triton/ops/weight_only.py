@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.triton.formats import WeightFormat
-from qcompile.backends.triton.launch import Config, Constant, Launch, as_rows, bucket, ceil_div, dispatcher, only_shapes
+from qcompile.backends.triton.launch import EXACT, Config, Constant, Launch, as_rows, bucket, ceil_div, dispatcher, only_shapes
 from qcompile.backends.triton.ops.registration import register, run
 
 FILL = 264
 """Programs that keep a large chip busy: two for each of an H200's 132 multiprocessors."""
+STEP_K = 64
+"""Codes along K that a step takes: short runs (groups of 16 or 32) are taken several at a time."""
 
 
 def plan(
@@ -62,13 +64,14 @@ def configs(form: WeightFormat, outputs: int, rows: int) -> list[Config]:
         shapes = [(64, 64, 4, 3), (32, 128, 4, 3)]
     else:
         shapes = [(128, 128, 8, 3), (64, 128, 4, 3)]
-    return [Config(m, n, w, s, _parts(form, rows, m, outputs, n)) for m, n, w, s in shapes]
+    runs = min(STEP_K // form.block_k, 4)
+    return [Config(m, n, w, s, parts(form.runs, runs, rows, m, outputs, n), runs) for m, n, w, s in shapes]
 
 
-def _parts(form: WeightFormat, rows: int, block_m: int, outputs: int, block_n: int) -> int:
-    """Parts of K, a power of two, that bring the programs to `FILL`, with four runs left to each."""
+def parts(runs: int, step: int, rows: int, block_m: int, outputs: int, block_n: int) -> int:
+    """Parts of K, a power of two, that bring the programs to `FILL`, with four steps of `step` runs left to each."""
     programs = ceil_div(rows, block_m) * ceil_div(outputs, block_n)
-    wanted = min(FILL // programs, form.runs // 4, 16)
+    wanted = min(FILL // programs, runs // (4 * step), 16)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 
@@ -96,32 +99,34 @@ def _launches(
         "out": sums,
         **{"M": m, "N": n, "K": form.k, "stride_x": x.stride(0), "stride_scale": scale.shape[1]},
         "runs": form.runs,
-        "runs_a_part": ceil_div(form.runs, config.parts),
+        "runs_a_part": ceil_div(form.runs, config.parts * config.runs) * config.runs,
     }
     constants = {**decoding(form), "BIAS": bias is not None and config.parts == 1, "EVEN_K": form.k == form.padded}
     constants["PARTIAL"] = config.parts > 1
     if single:
-        constants |= {"BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "STAGES": config.stages}
+        constants |= {"BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "RUNS": config.runs}
+        constants["STAGES"] = config.stages
         grid = (ceil_div(n, config.block_n), config.parts, m)
     else:
-        constants["SCALE_FIRST"] = form.zero == "float" or config.block_m >= 64
-        constants["PRECISION"] = "ieee"
-        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": form.block_k}
+        constants["SCALE_FIRST"] = form.zero == "float" or config.block_m >= 64 or config.runs > 1
+        constants["PRECISION"] = EXACT
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "RUNS": config.runs}
         constants = {name: constants[name] for name in _GEMM_ORDER}
         grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n), config.parts, 1)
     launches = [Launch("weight_only.gemv" if single else "weight_only.gemm", arguments, constants, grid, config)]
     if config.parts > 1:
-        launches.append(_reduce(sums, bias, out, config.parts))
+        launches.append(reduce_launch(sums, bias, out, config.parts))
     return launches
 
 
 _GEMM_ORDER = (
     *("KIND", "WIDTH0", "WIDTH1", "OFFSET", "BITS", "MANTISSA", "LIFT", "SCALE", "OUTER", "TIMES", "ZERO", "ROWS"),
-    *("GROUP_RUNS", "BIAS", "EVEN_K", "SCALE_FIRST", "PARTIAL", "PRECISION", "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    *("GROUP_RUNS", "BIAS", "EVEN_K", "SCALE_FIRST", "PARTIAL", "PRECISION", "BLOCK_M", "BLOCK_N", "BLOCK_K", "RUNS"),
 )
 
 
-def _reduce(sums: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> Launch:
+def reduce_launch(sums: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> Launch:
+    """The launch that adds up partial sums [parts, M, N]."""
     n, total = out.shape[-1], math.prod(out.shape)
     arguments = {"sums": sums, "bias": sums if bias is None else bias, "out": out, "parts": parts, "MN": total, "N": n}
     constants: dict[str, Constant] = {"BIAS": bias is not None, "BLOCK": 1024}
