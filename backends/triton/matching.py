@@ -13,7 +13,6 @@ from qcompile.backends.onnx_qcdq.recognise import (
     Product,
     QuantizedActivation,
     QuantizedWeight,
-    match_activation,
     match_product,
     match_weight,
     shape_of,
@@ -34,6 +33,7 @@ class Site:
     form: WeightFormat
     kind: Kind = "weight_only"
     activation: QuantizedActivation | None = None
+    reason: str | None = None  # why a quantized activation stays simulated
 
     @property
     def x(self) -> fx.Node:
@@ -101,8 +101,3 @@ def quantized_weights(program: Program) -> list[QuantizedWeight]:
     """Every stored weight that is dequantized."""
     found = [match_weight(program, node) for node in program.calls(DEQUANTIZE)]
     return [weight for weight in found if weight is not None]
-
-
-def activation_of(program: Program, node: fx.Node) -> QuantizedActivation | None:
-    """The quantization that `node` ends, with scales chosen as it runs by the same spec."""
-    return match_activation(program, node)

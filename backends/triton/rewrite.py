@@ -1,4 +1,4 @@
-"""From a program to the graph of a bundle: quantized products become operators on packed weights.
+"""From a program to the graph of a bundle: what is quantized becomes operators that read packed weights and codes.
 
 Whatever no kernel takes stays as it is and runs in torch: other operators, and what is quantized in ways that kernels do
 not know (it is named in the notes, with the reason).
@@ -6,22 +6,19 @@ not know (it is named in the notes, with the reason).
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import fx
-
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter
+from qcompile.backends.triton.attending import lower_attention
+from qcompile.backends.triton.fusing import fuse
+from qcompile.backends.triton.gathered import lower_experts
 from qcompile.backends.triton.matching import Left, Site, match_sites
 from qcompile.backends.triton.merging import merge
-from qcompile.backends.triton.ops.weight_only import WEIGHT_ONLY
-from qcompile.backends.triton.storing import PackedWeight, outputs_of, store
+from qcompile.backends.triton.products import lower_products
+from qcompile.backends.triton.storing import PackedWeight
 from qcompile.ir.program import Program
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -40,35 +37,26 @@ def rewrite(program: Program, merged: bool = True) -> Rewritten:
     groups = merge(sites, merged)
     for group in groups:
         lower_products(rewriter, group, index)
+    experts, more = lower_experts(rewriter, index)
+    attention, reasons = lower_attention(rewriter)
     rewriter.program.refresh()
-    return Rewritten(rewriter.program, tuple(index), tuple(_notes(sites, groups, left)))
+    fused = fuse(rewriter)
+    rewriter.program.refresh()
+    notes = [*_products(sites, groups)]
+    notes += [f"{experts} products of packed experts"] if experts else []
+    notes += [f"attention reads codes in {attention} places"] if attention else []
+    notes += [f"{count} {what} in kernels" for what, count in fused.items()]
+    notes += _counted("products with quantized weights run in torch", (item.reason for item in [*left, *more]))
+    notes += _counted("activations are simulated in torch", (site.reason for site in sites if site.reason))
+    notes += _counted("attentions over a quantized cache run in torch", reasons)
+    return Rewritten(rewriter.program, tuple(index), tuple(notes))
 
 
-def lower_products(rewriter: Rewriter, sites: Sequence[Site], index: list[PackedWeight]) -> None:
-    """Replace products that become one operator."""
-    first, operands = sites[0], store(rewriter, sites, index)
-    node = first.product.node
-    value = rewriter.call(node, WEIGHT_ONLY, first.x, *operands.arguments())
-    share(rewriter, sites, value)
+def _products(sites: Sequence[Site], groups: Sequence[Sequence[Site]]) -> Iterator[str]:
+    kinds = Counter({"weight_only": "float", "int8": "int8", "fp8": "fp8", "mx": "microscaling"}[s.kind] for s in sites)
+    with_what = ", ".join(f"{count} with {kind} activations" for kind, count in kinds.items())
+    yield f"{len(sites)} products with packed weights in {len(groups)} operators" + (f": {with_what}" * bool(sites))
 
 
-def share(rewriter: Rewriter, sites: Sequence[Site], value: fx.Node) -> None:
-    """Let the readers of each product read its part of `value`."""
-    if len(sites) == 1:
-        rewriter.replace(sites[0].product.node, value)
-        return
-    node = sites[0].product.node
-    sizes = [outputs_of(site) for site in sites]
-    split = rewriter.call(node, aten.split_with_sizes.default, value, sizes, -1)
-    parts = [rewriter.call(node, operator.getitem, split, i) for i in range(len(sites))]
-    for site, part in zip(sites, parts, strict=True):
-        rewriter.replace(site.product.node, part)
-
-
-def _notes(sites: Sequence[Site], groups: Sequence[Sequence[Site]], left: Sequence[Left]) -> list[str]:
-    kinds = Counter(site.kind for site in sites)
-    told = [f"{len(sites)} products with packed weights in {len(groups)} operators"]
-    told += [f"{count} of them {kind}" for kind, count in kinds.items()] if len(kinds) > 1 else []
-    reasons = Counter(item.reason for item in left)
-    told += [f"{count} products with quantized weights stay in torch: {reason}" for reason, count in reasons.items()]
-    return told
+def _counted(what: str, reasons: Iterable[str]) -> list[str]:
+    return [f"{count} {what}: {reason}" for reason, count in Counter(reasons).items()]

@@ -84,7 +84,7 @@ def store(rewriter: Rewriter, sites: Sequence[Site], index: list[PackedWeight]) 
         stored = tuple(program.key(node) for node in shared)
         index.append(PackedWeight(name, str(form), keys, stored, start, start + count, columns, turn))
         start += count
-    return Operands(planes, scale, zero, factor, _table(rewriter, form), bias, str(form))
+    return Operands(planes, scale, zero, factor, value_table(rewriter, form), bias, str(form))
 
 
 def outputs_of(site: Site) -> int:
@@ -138,7 +138,7 @@ def _flat(rewriter: Rewriter, key: str, parts: Sequence[fx.Node]) -> fx.Node:
     return rewriter.derive(key, keys, compute, (size,), parts[0].meta["val"].dtype)
 
 
-def _table(rewriter: Rewriter, form: WeightFormat) -> fx.Node | None:
+def value_table(rewriter: Rewriter, form: WeightFormat) -> fx.Node | None:
     """The values of codes that no shift decodes, one tensor for all weights of an element."""
     values = code_values(form)
     if values is None:
