@@ -137,6 +137,7 @@ def export_program(
     """
     directory = Path(directory).absolute()
     check_target(directory)
+    backend.require()
     refuse(backend, backend.obstacles(program))
     with staged_directory(directory) as staged:
         lowered = backend.lower(program, staged)

@@ -67,6 +67,9 @@ class Backend(ABC):
     name: ClassVar[str]
     runtime: ClassVar[str]  # what an artifact runs in, for people
 
+    def require(self) -> None:
+        """Raise LoweringError, with what to install, where something that lowering needs is missing."""
+
     @abstractmethod
     def obstacles(self, program: Program) -> list[Obstacle]:
         """Everything in `program` that this target cannot take; empty if it can be lowered."""
@@ -82,6 +85,13 @@ class Backend(ABC):
     @abstractmethod
     def stored_codes(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
         """The codes as they lie in the artifact, unpacked: (weight name, integer tensor in the Program's layout)."""
+
+    def tune(self, directory: Path) -> list[str]:
+        """Measure an artifact's choices on this machine and write the best back into it; what was chosen, a line each.
+
+        Raises LoweringError for a target that leaves nothing to choose.
+        """
+        raise LoweringError(f"{self.name} artifacts have nothing to tune")
 
     def first_difference(self, program: Program, directory: Path, feeds: Mapping[str, Tensor], tolerance: float) -> str:
         """Name the first tensor of `program` that the runtime computes otherwise; "unknown" where it can't be told."""

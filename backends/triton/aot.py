@@ -57,7 +57,7 @@ def compile_variant(variant: Variant, gpu: GPU) -> Binary:
     from triton.compiler import ASTSource
 
     kernel = kernel_function(variant.kernel)
-    constants = for_chip(dict(variant.constants), gpu.backend, gpu.fp8)
+    constants = for_chip(dict(variant.constants), gpu.chip)
     types = {name: kind for name, kind, _ in variant.signature}
     if unknown := [name for name in kernel.arg_names if name not in types and name not in constants]:
         raise LoweringError(f"kernel {variant.kernel} was given no {unknown[0]!r}")

@@ -68,6 +68,12 @@ class TritonBackend(Backend):
 
         return stored_codes(Path(directory))
 
+    def tune(self, directory: Path) -> list[str]:
+        """Measure every configuration that has binaries on the GPU at hand; see `tune.tune`."""
+        from qcompile.backends.triton.tune import tune
+
+        return tune(Path(directory))
+
     def first_difference(self, program: Program, directory: Path, feeds: Mapping[str, Tensor], tolerance: float) -> str:
         """The first node whose value the bundle computes otherwise; see `reading.first_difference`."""
         from qcompile.backends.triton.reading import first_difference

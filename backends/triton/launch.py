@@ -119,24 +119,40 @@ def _type(name: str, value: Argument) -> tuple[str, bool]:
     return "i32", name not in VARYING and value % ALIGNMENT == 0
 
 
-EXACT, NATIVE = "exact", "native"
-"""Constants that stand for what a chip has: the precise product of float32 on tensor cores; whether it multiplies fp8."""
+EXACT, NATIVE, EMULATE = "exact", "native", "emulate"
+"""Constants that stand for what a chip has: the precise product of float32 on tensor cores; whether it multiplies fp8;
+what it computes block-scaled products in where its Triton knows no fp8."""
 
 
-def for_chip(constants: Mapping[str, Constant], backend: str, fp8: bool) -> dict[str, Constant]:
-    """The constants with `EXACT` and `NATIVE` said in the words of a backend (``cuda``, ``hip``, ``cpu``)."""
-    words: dict[Constant, Constant] = {EXACT: "tf32x3" if backend == "cuda" else "ieee", NATIVE: fp8}
+@dataclass(frozen=True)
+class Chip:
+    """What decides how kernels are compiled: Triton's backend (``cuda``, ``hip``; ``cpu`` for the interpreter), whether
+    it multiplies OCP's e4m3, and whether Triton has that type there."""
+
+    backend: str
+    fp8: bool
+    knows_fp8: bool = True
+
+
+def for_chip(constants: Mapping[str, Constant], chip: Chip) -> dict[str, Constant]:
+    """The constants with `EXACT`, `NATIVE` and `EMULATE` said in a chip's words."""
+    words: dict[Constant, Constant] = {
+        EXACT: "tf32x3" if chip.backend == "cuda" else "ieee",
+        NATIVE: chip.fp8,
+        EMULATE: "none" if chip.knows_fp8 else "bf16",
+    }
     return {name: words.get(v, v) if isinstance(v, str) else v for name, v in constants.items()}
 
 
 @cache
-def chip() -> tuple[str, bool]:
-    """Backend of the current GPU, ``cpu`` without one, and whether it multiplies OCP's e4m3."""
+def current_chip() -> Chip:
+    """The GPU at hand; the interpreter's where there is none."""
     if not torch.cuda.is_available():
-        return "cpu", False
+        return Chip("cpu", False)
     if torch.version.hip:
-        return "hip", str(torch.cuda.get_device_properties(0).gcnArchName).startswith("gfx95")
-    return "cuda", torch.cuda.get_device_capability() >= (8, 9)
+        return Chip("hip", str(torch.cuda.get_device_properties(0).gcnArchName).startswith("gfx95"))
+    fp8 = torch.cuda.get_device_capability() >= (8, 9)
+    return Chip("cuda", fp8, fp8)
 
 
 class Dispatcher(Protocol):
@@ -164,7 +180,7 @@ class JustInTime:
         for launch in launches:
             kernel = wrapped(kernel_function(launch.kernel, self.package))
             options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-            constants = for_chip(launch.constants, *chip())
+            constants = for_chip(launch.constants, current_chip())
             kernel[launch.grid](**launch.arguments, **constants, **options)
 
 

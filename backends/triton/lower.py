@@ -27,9 +27,9 @@ _KERNELS = Path(__file__).parent / "kernels"
 
 def lower(backend: TritonBackend, program: Program, directory: Path) -> LoweredFiles:
     """See `TritonBackend.lower`."""
+    require_triton()
     import triton
 
-    require_triton()
     refuse(backend, obstacles(program))
     gpus = parse_gpus(backend.gpu)
     lowered = rewrite(program, backend.merge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qcompile.backends.triton.launch import Chip
 from qcompile.errors import RecipeError, nearest
 
 
@@ -31,6 +32,11 @@ class GPU:
     def arch(self) -> int | str:
         """As Triton's GPUTarget takes it."""
         return int(self.name.removeprefix("sm_")) if self.backend == "cuda" else self.name
+
+    @property
+    def chip(self) -> Chip:
+        """What decides how kernels are compiled for it."""
+        return Chip(self.backend, self.fp8, self.fp8 or self.backend == "hip")
 
     @property
     def binary(self) -> str:

@@ -2,7 +2,8 @@
 
 `quantize` makes x's codes: 32 channels share a power of two, 2^(⌊log2 amax⌋ - emax), the rule of the OCP specification.
 `gemm` hands codes and exponents to `tl.dot_scaled`: tensor cores that multiply them as they are (sm_100, sm_120, gfx950)
-or Triton's own decoding into bf16.
+or Triton's own decoding into bf16. With EMULATE, for chips whose Triton knows no fp8 at all (sm_80), both sides are
+decoded here, exactly, to bf16 or fp32.
 
 Where tiles go. A step takes RUNS runs of 32 codes. W's words are taken apart into bytes in registers: two codes of four
 bits stay together, so the k of a byte is that of the tile order (`pack`), and x's codes are written in the same order:
@@ -14,7 +15,7 @@ Roofline. 4.25 bits a weight and an activation; on sm_100 nine PFLOPS: bandwidth
 import triton
 import triton.language as tl
 
-from .decode import encode_e4m3, load_words, unpack
+from .decode import encode_e4m3, half_float, load_words, unpack
 
 
 @triton.jit
@@ -59,10 +60,49 @@ def quantize(
 
 
 @triton.jit
+def spread_scales(exponents, RUNS: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Exponents [ROWS, RUNS] as fp32 steps of every byte [ROWS, BYTES]."""
+    steps = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.broadcast_to(steps[:, :, None], [ROWS, RUNS, BYTES // RUNS]), [ROWS, BYTES])
+
+
+@triton.jit
+def decoded(
+    codes, steps, BITS: tl.constexpr, MANTISSA: tl.constexpr, LIFT: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Codes times steps, in the type that EMULATE names."""
+    half = half_float(tl.reshape(codes, [1, ROWS, COLUMNS]), BITS, MANTISSA, LIFT)
+    numbers = tl.reshape(half, [ROWS, COLUMNS]).to(tl.float32) * steps
+    return numbers.to(tl.bfloat16) if EMULATE == "bf16" else numbers
+
+
+@triton.jit
+def emulated(
+    left, by_row, right, by_column, total, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BYTES: tl.constexpr, RUNS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """What `tl.dot_scaled` computes, of decoded numbers: for e2m1 the low codes of all bytes, then the high ones."""
+    left, right = left.to(tl.int32), right.to(tl.int32)
+    row_steps = spread_scales(by_row, RUNS, BLOCK_M, BYTES)
+    column_steps = tl.trans(spread_scales(by_column, RUNS, BLOCK_N, BYTES))
+    if KIND == "e2m1":
+        for shift in tl.static_range(0, 8, 4):
+            a = decoded((left >> shift) & 15, row_steps, 4, 1, 14, BLOCK_M, BYTES, EMULATE)
+            b = decoded((right >> shift) & 15, column_steps, 4, 1, 14, BYTES, BLOCK_N, EMULATE)
+            total = tl.dot(a, b, total, out_dtype=tl.float32, input_precision="ieee")
+    else:
+        a = decoded(left, row_steps, 8, 3, 8, BLOCK_M, BYTES, EMULATE)
+        b = decoded(right, column_steps, 8, 3, 8, BYTES, BLOCK_N, EMULATE)
+        total = tl.dot(a, b, total, out_dtype=tl.float32, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def gemm(
     x, row_scale, plane0, scale, bias, out, M, N, K, stride_scale, runs, runs_a_part, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """LEFT and RIGHT are `e2m1` or `e4m3`, both the same. x as `quantize` leaves it; W's planes and exponents [K / 32, N]."""
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -89,7 +129,10 @@ def gemm(
         by_row = tl.load(at_left, mask=inside_m[:, None] & mask[None, :], other=0)
         at_right = scale + group[None, :] * stride_scale + columns[:, None]
         by_column = tl.load(at_right, mask=inside_n[:, None] & mask[None, :], other=0)
-        total = tl.dot_scaled(left, by_row, LEFT, right, by_column, RIGHT, total)
+        if EMULATE == "none":
+            total = tl.dot_scaled(left, by_row, LEFT, right, by_column, RIGHT, total)
+        else:
+            total = emulated(left, by_row, right, by_column, total, LEFT, BLOCK_M, BLOCK_N, BYTES, RUNS, EMULATE)
     at = rows[:, None] * N + columns[None, :]
     mask = inside_m[:, None] & inside_n[None, :]
     if PARTIAL:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.triton.formats import WeightFormat, element_of
-from qcompile.backends.triton.launch import Config, Constant, Launch, as_rows, bucket, ceil_div, dispatcher, only_shapes
+from qcompile.backends.triton.launch import (
+    EMULATE,
+    Config,
+    Constant,
+    Launch,
+    as_rows,
+    bucket,
+    ceil_div,
+    dispatcher,
+    only_shapes,
+)
 from qcompile.backends.triton.ops.registration import register, run
 from qcompile.backends.triton.ops.weight_only import dequantize, parts, reduce_launch
 from qcompile.numerics import choose_qparams, quantize
@@ -85,6 +95,7 @@ def plan(
     constants: dict[str, Constant] = {
         **{"LEFT": element, "RIGHT": element, "BIAS": bias is not None and config.parts == 1},
         **{"PARTIAL": config.parts > 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "RUNS": config.runs},
+        "EMULATE": EMULATE,
     }
     grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n), config.parts, 1)
     launches = [Launch("scaled.gemm", arguments, constants, grid, config)]

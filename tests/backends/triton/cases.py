@@ -143,7 +143,14 @@ def quantize_scaled(element: str, m: int, k: int, dtype: str = "float32", device
 
 
 def scaled_linear(
-    weight: str, m: int, n: int, k: int, config: list[int] | None = None, bias: bool = False, device: str = "cpu"
+    weight: str,
+    m: int,
+    n: int,
+    k: int,
+    config: list[int] | None = None,
+    bias: bool = False,
+    emulate: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Microscaling formats on both sides against both dequantized, in float64."""
     parts, expected_weight = packed(weight, n, k, device)
@@ -155,6 +162,8 @@ def scaled_linear(
     operands = (codes, exponents, parts["planes"], parts["scale"], added, parts["format"], torch.float32)
     with dispatching(JustInTime()):
         out, launches = sl.plan(*operands, config=None if config is None else Config(*config))
+    if emulate is not None:
+        launches[0] = replace(launches[0], constants={**launches[0].constants, "EMULATE": emulate})
     JustInTime().launch(launches)
     exact = torch.nn.functional.linear(expected.double(), expected_weight.double(), None if added is None else added.double())
     return {"error": error(out, exact), "reference": error(sl.reference(*operands), exact)}
