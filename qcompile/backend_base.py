@@ -67,7 +67,7 @@ class Backend(ABC):
     name: ClassVar[str]
     runtime: ClassVar[str]  # what an artifact runs in, for people
 
-    def require(self) -> None:
+    def require(self) -> None:  # noqa: B027  most targets need nothing more than qcompile does
         """Raise LoweringError, with what to install, where something that lowering needs is missing."""
 
     @abstractmethod

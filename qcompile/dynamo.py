@@ -3,7 +3,8 @@
     torch.compile ── graph of torch calls ──▶ torch.export ──▶ Program ──▶ passes ──▶ operators on packed weights
 
 Each graph that torch.compile captures is compiled on its own, for the shapes it was captured with (symbolic where those
-are). Parameters are taken as they are when a graph is captured. On a GPU its quantized products are kernels that Triton compiles just in time; on a CPU their references run.
+are). Parameters are taken as they are when a graph is captured. On a GPU its quantized products are kernels that Triton
+compiles just in time; on a CPU their references run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def qcompile_backend(
     """The backend that `torch.compile` calls.
 
     Args:
-        options: ``recipe``, as `qcompile.compile` takes it (preset, file, mapping or `Recipe`), and ``overrides``, a list
+        options: ``recipe``, as `qcompile.compile` takes it (preset, file, mapping or `Recipe`), and ``overrides``, a
+        list
             like ``["weights.group=64"]``.
 
     Raises QCompileError for an unknown option; the first call raises whatever the recipe's passes raise.
@@ -63,7 +65,9 @@ class _Bound(torch.nn.Module):
         self.names: dict[int, str] = {}
         self.sizes: dict[int, tuple[int, int]] = {}  # input that is a size → (tensor, axis)
         nodes = list(graph.graph.find_nodes(op="placeholder"))
-        self.tensors = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter)]
+        self.tensors = [
+            i for i, v in enumerate(inputs) if isinstance(v, Tensor) and not isinstance(v, torch.nn.Parameter)
+        ]
         self.fakes = [nodes[i].meta["example_value"] for i in self.tensors]
         for i, value in enumerate(inputs):
             if isinstance(value, torch.nn.Parameter):

@@ -81,7 +81,8 @@ def _cache(program: Program, node: Any, at: fx.Node) -> tuple[fx.Node, fx.Node] 
 def _unrepeated(program: Program, node: Any) -> tuple[fx.Node | None, int]:
     """The value before its heads were repeated, and how often each was; None where it is anything but repeated whole.
 
-    Repeating is an axis put behind the heads, expanded, and joined with them: [B, G, T, D] → [B, G, r, T, D] → [B, G·r, T, D].
+    Repeating is an axis put behind the heads, expanded, and joined with them: [B, G, T, D] → [B, G, r, T, D] → [B, G·r,
+    T, D].
     """
     if not isinstance(node, fx.Node):
         return None, 1

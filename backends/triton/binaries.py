@@ -23,7 +23,9 @@ def write_binaries(needed: Needed, gpus: Sequence[GPU], directory: Path) -> dict
     Raises LoweringError for a site that is left without any binary for one of the GPUs.
     """
     jobs = list(needed.variants.items()) if gpus else []
-    entries = {key: _entry(key, variant, config, gpus, directory) for key, (variant, config) in track(jobs, "compiling")}
+    entries = {
+        key: _entry(key, variant, config, gpus, directory) for key, (variant, config) in track(jobs, "compiling")
+    }
     for site, labels in needed.sites.items() if gpus else ():
         for gpu in gpus:
             if not any(all(gpu.name in entries[k].binaries for k in keys) for keys in labels.values()):
@@ -32,7 +34,9 @@ def write_binaries(needed: Needed, gpus: Sequence[GPU], directory: Path) -> dict
     return entries
 
 
-def compiled_sites(needed: Needed, entries: dict[str, KernelEntry], gpus: Sequence[GPU]) -> dict[str, dict[str, tuple[str, ...]]]:
+def compiled_sites(
+    needed: Needed, entries: dict[str, KernelEntry], gpus: Sequence[GPU]
+) -> dict[str, dict[str, tuple[str, ...]]]:
     """Site → GPU → labels of the configurations all of whose kernels have a binary."""
     return {
         site: {

@@ -1,10 +1,10 @@
 """`bundle.json`: what a bundle holds beside its graph, and what a launcher must know of every binary.
 
-    graph.qir                                        the graph: a version line, then text of the IR
-    weights/segment-000.safetensors …                tensors of the graph, a file a segment of the model
-    kernels/<kernel>/<gpu>/<config>.cubin|.hsaco     binaries; beside a cubin its .ptx
-    kernels/sources/*.py                             the kernels, for GPUs without a binary
-    choices.json                                     configurations that `qcompile tune` measured to be best
+graph.qir                                        the graph: a version line, then text of the IR
+weights/segment-000.safetensors …                tensors of the graph, a file a segment of the model
+kernels/<kernel>/<gpu>/<config>.cubin|.hsaco     binaries; beside a cubin its .ptx
+kernels/sources/*.py                             the kernels, for GPUs without a binary
+choices.json                                     configurations that `qcompile tune` measured to be best
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class ArgumentEntry(_Strict):
 class BinaryEntry(_Strict):
     """A kernel for one GPU, and what a launch must say.
 
-    Pass the arguments in order, then `hidden` null pointers; a program has `threads` threads and `shared` bytes of shared
-    memory (more than 48 KB must be asked for with cuFuncSetAttribute). `registers` and `spilled` (bytes) are a thread's;
-    `occupancy` is the estimated share of a multiprocessor's threads.
+    Pass the arguments in order, then `hidden` null pointers; a program has `threads` threads and `shared` bytes of
+    shared memory (more than 48 KB must be asked for with cuFuncSetAttribute). `registers` and `spilled` (bytes) are a
+    thread's; `occupancy` is the estimated share of a multiprocessor's threads.
     """
 
     file: str

@@ -1,4 +1,5 @@
-"""A GPU driver's C interface by ctypes: load a binary, launch it. CUDA's libcuda and AMD's libamdhip64 are called alike."""
+"""A GPU driver's C interface by ctypes: load a binary, launch it. CUDA's libcuda and AMD's libamdhip64 are called
+alike."""
 
 from __future__ import annotations
 
@@ -27,7 +28,12 @@ class Calls:
 
 
 CUDA = Calls(
-    "libcuda.so.1", "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel", "cuGetErrorString"
+    "libcuda.so.1",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuGetErrorString",
 )
 HIP = Calls(
     "libamdhip64.so",

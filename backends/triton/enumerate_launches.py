@@ -35,7 +35,8 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Needed:
-    """Every variant by its key, with the configuration it is named by; and for each site, label → keys of its variants."""
+    """Every variant by its key, with the configuration it is named by; and for each site, label → keys of its
+    variants."""
 
     variants: dict[str, tuple[Variant, str]]
     sites: dict[str, dict[str, tuple[str, ...]]]

@@ -10,15 +10,17 @@ from scales [G, N / rows], g counting groups along K.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.backends.triton.pack import TileOrder
 from qcompile.errors import SpecError
-from qcompile.numerics.element import FloatElement, IntElement
+from qcompile.numerics.element import Element, FloatElement, IntElement
 from qcompile.numerics.scale_type import DoubleScale, E4M3Scale, E8M0Scale, FloatScale, Pow2Scale
 from qcompile.numerics.spec import QuantSpec
 
@@ -76,7 +78,7 @@ class WeightFormat:
         return TileOrder(self.bits, self.spec_element.storage == torch.int8, self.block_k)
 
     @property
-    def spec_element(self) -> IntElement | FloatElement | object:
+    def spec_element(self) -> Element:
         """The element of the spec."""
         return element_of(self.element)
 
@@ -140,16 +142,16 @@ class WeightFormat:
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> WeightFormat:
     element, *words = text.split()
-    kinds = {f.name: f.type for f in fields(WeightFormat)[1:]}
+    kinds = {f.name: str(f.type) for f in fields(WeightFormat)[1:]}
     given = dict(word.partition("=")[::2] for word in words)
     if set(given) != set(kinds):
         raise SpecError(f"weight format {text!r} does not have exactly the fields {', '.join(kinds)}")
-    read = {"int": int, "float": float, "bool": lambda value: bool(int(value)), "str": str}
-    return WeightFormat(element, **{name: read[str(kinds[name])](value) for name, value in given.items()})
+    read: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": lambda v: bool(int(v)), "str": str}
+    return WeightFormat(element, **{name: read[kinds[name]](value) for name, value in given.items()})
 
 
 @lru_cache(maxsize=64)
-def element_of(word: str) -> IntElement | FloatElement | object:
+def element_of(word: str) -> Element:
     """The element that a format names."""
     return QuantSpec.parse(word if re.fullmatch(r"u?int\d|ternary|nf4|fp4", word) else f"{word} channel").element
 

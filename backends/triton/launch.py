@@ -38,7 +38,9 @@ POINTERS = {
     torch.bool: "*i1",
 }
 ALIGNMENT = 16
-VARYING = frozenset({"M", "MN", "runs", "runs_a_part", "steps", "steps_a_part", "parts", "tokens_a_part", "R", "S", "T", "ROWS"})
+VARYING = frozenset(
+    {"M", "MN", "runs", "runs_a_part", "steps", "steps_a_part", "parts", "tokens_a_part", "R", "S", "T", "ROWS"}
+)
 """Integers that differ from call to call or from layer to layer: nothing is assumed of them."""
 
 
@@ -107,9 +109,7 @@ class Launch:
     def variant(self) -> Variant:
         """What the binary for this call must have been compiled for."""
         signature = tuple((name, *_type(name, value)) for name, value in self.arguments.items())
-        return Variant(
-            self.kernel, signature, tuple(self.constants.items()), self.config.warps, self.config.stages
-        )
+        return Variant(self.kernel, signature, tuple(self.constants.items()), self.config.warps, self.config.stages)
 
 
 def _type(name: str, value: Argument) -> tuple[str, bool]:

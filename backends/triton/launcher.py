@@ -25,8 +25,8 @@ class BundleDispatcher:
     """Chooses among the configurations that have binaries for `gpu`, tuned ones first, and launches them.
 
     Args:
-        gpu: a target of the bundle; None where it has no binaries for the GPU at hand, and all is compiled just in time.
-        driver: loads and launches binaries.  stream: the stream to launch on, asked at each launch.
+        gpu: a target of the bundle; None where it has no binaries for the GPU at hand, and all is compiled just in
+        time. driver: loads and launches binaries.  stream: the stream to launch on, asked at each launch.
         fallback: runs what has no binary; None where nothing can, and then that is an error.
     """
 
@@ -147,5 +147,3 @@ def _tuned(directory: Path, gpu: str | None) -> dict[str, str]:
     if gpu is None or not (directory / CHOICES).is_file():
         return {}
     return {site: label for site, (label, _) in read_json(directory / CHOICES, Choices).gpus.get(gpu, {}).items()}
-
-

@@ -126,5 +126,3 @@ def _container(format: str) -> str:
     """``int4``; a code that is stored wider says so: ``int3 in 4 bits``."""
     element, bits = format.split()[0], int(format.split()[1].partition("=")[2])
     return element if str(bits) in element or not element.startswith(("int", "uint")) else f"{element} in {bits} bits"
-
-

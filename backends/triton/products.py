@@ -1,8 +1,8 @@
 """Products with packed weights, as the operators that stand for them.
 
-    linear(x, dequantize(W))                            ⟶   weight_only(x, W)
-    linear(dequantize(quantize(x, s)), dequantize(W))   ⟶   c, s = quantize_rows(x); quantized_linear(c, s, W)
-    the same, microscaling on both sides                ⟶   c, e = quantize_scaled(x); scaled_linear(c, e, W)
+linear(x, dequantize(W))                            ⟶   weight_only(x, W)
+linear(dequantize(quantize(x, s)), dequantize(W))   ⟶   c, s = quantize_rows(x); quantized_linear(c, s, W)
+the same, microscaling on both sides                ⟶   c, e = quantize_scaled(x); scaled_linear(c, e, W)
 """
 
 from __future__ import annotations

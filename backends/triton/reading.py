@@ -35,7 +35,8 @@ def stored_codes(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def first_difference(program: Program, directory: Path, feeds: Mapping[str, Tensor], tolerance: float) -> str:
-    """The first node, by name, that both graphs have and whose values differ by more than `tolerance` of the largest."""
+    """The first node, by name, that both graphs have and whose values differ by more than `tolerance` of the
+    largest."""
     from qcompile.backends.triton.launch import dispatching
     from qcompile.backends.triton.runtime import TritonRunner
 

@@ -1,7 +1,7 @@
 """From a program to the graph of a bundle: what is quantized becomes operators that read packed weights and codes.
 
-Whatever no kernel takes stays as it is and runs in torch: other operators, and what is quantized in ways that kernels do
-not know (it is named in the notes, with the reason).
+Whatever no kernel takes stays as it is and runs in torch: other operators, and what is quantized in ways that kernels
+do not know (it is named in the notes, with the reason).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qcompile.backends.onnx_qcdq.rewriting import Rewriter
 from qcompile.backends.triton.attending import lower_attention
 from qcompile.backends.triton.fusing import fuse
 from qcompile.backends.triton.gathered import lower_experts
-from qcompile.backends.triton.matching import Left, Site, match_sites
+from qcompile.backends.triton.matching import Site, match_sites
 from qcompile.backends.triton.merging import merge
 from qcompile.backends.triton.products import lower_products
 from qcompile.backends.triton.storing import PackedWeight

@@ -1,8 +1,8 @@
 """A bundle that is loaded: runs its graph, quantized operators on one of three executors, everything else in torch.
 
-    cpu       the operators' references in plain torch
-    jit       their kernels, compiled by Triton on this machine from the bundle's sources
-    binary    the binaries of the bundle, through the GPU's driver
+cpu       the operators' references in plain torch
+jit       their kernels, compiled by Triton on this machine from the bundle's sources
+binary    the binaries of the bundle, through the GPU's driver
 """
 
 from __future__ import annotations

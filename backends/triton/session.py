@@ -91,10 +91,7 @@ class Session:
         self.free -= 1
         static = self._static
         static["input_ids"].copy_(ids)
-        if self.runner.device.type == "cuda":
-            outputs = self._replay()
-        else:
-            outputs = self._advance()
+        outputs = self._replay() if self.runner.device.type == "cuda" else self._advance()
         return {n: t.to(ids.device) if n == "logits" else t for n, t in outputs.items()}
 
     def _advance(self) -> dict[str, Tensor]:
@@ -109,7 +106,8 @@ class Session:
         return outputs
 
     def _replay(self) -> dict[str, Tensor]:
-        """The step as a CUDA graph: run once to load kernels, captured from a copy of the state, replayed from then on."""
+        """The step as a CUDA graph: run once to load kernels, captured from a copy of the state, replayed from then
+        on."""
         if self._captured is None:
             before = {name: tensor.clone() for name, tensor in self._static.items()}
             self._advance()

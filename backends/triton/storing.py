@@ -13,12 +13,12 @@ from qcompile.backends.onnx_qcdq.recognise import shape_of
 from qcompile.backends.onnx_qcdq.rewriting import Rewriter
 from qcompile.backends.triton.formats import WeightFormat
 from qcompile.backends.triton.matching import Site, outer_of, weight_name
-from qcompile.ir.program import Program
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Where the codes of a weight lie: outputs `start` to `stop` of `columns` in the planes; [K, N] in the program if `transposed`.
+    """Where the codes of a weight lie: outputs `start` to `stop` of `columns` in the planes; [K, N] in the program if
+    `transposed`.
 
     `stored` are the keys of all that is stored for it and those it is merged with, planes first.
     """
@@ -114,7 +114,8 @@ def _plane(form: WeightFormat, plane: int, turned: Sequence[bool], *codes: Tenso
 
 
 def _parameter(rewriter: Rewriter, key: str, parts: Sequence[fx.Node], turned: Sequence[bool], kind: str) -> fx.Node:
-    """Scales or zero-points [N / rows, G] of several weights as [G, Σ N / rows]; bytes where they are no plain floats."""
+    """Scales or zero-points [N / rows, G] of several weights as [G, Σ N / rows]; bytes where they are no plain
+    floats."""
     shapes = [shape_of(p)[::-1] if turn else shape_of(p) for p, turn in zip(parts, turned, strict=True)]
     shape = (int(shapes[0][1]), sum(int(s[0]) for s in shapes))
     keys = tuple(rewriter.program.key(part) for part in parts)
@@ -151,8 +152,8 @@ def code_values(form: WeightFormat) -> Tensor | None:
     """float32 [2^bits]: the value of every code; None where kernels compute it."""
     if form.integer or form.half_float is not None:
         return None
-    codes = torch.arange(1 << form.bits).clamp(max=(1 << form.spec_element.bits) - 1)  # type: ignore[attr-defined]
-    decoded: Tensor = form.spec_element.decode(codes.to(torch.uint8))  # type: ignore[attr-defined]
+    codes = torch.arange(1 << form.bits).clamp(max=(1 << form.spec_element.bits) - 1)
+    decoded: Tensor = form.spec_element.decode(codes.to(torch.uint8))
     return decoded.to(torch.float32)
 
 
@@ -168,5 +169,3 @@ def _codes(weight: PackedWeight, form: WeightFormat, planes: Sequence[Tensor]) -
     count = weight.stop - weight.start
     codes = form.unpack([plane.narrow(form.output_axis, weight.start, count).contiguous() for plane in planes])
     return codes.t().contiguous() if weight.transposed else codes
-
-

@@ -13,9 +13,9 @@ from qcompile.errors import RecipeError, nearest
 class GPU:
     """A compilation target.
 
-    Limits are those of one multiprocessor (NVIDIA, CUDA C++ Programming Guide, table of compute capabilities) or compute
-    unit (AMD, CDNA 3 and 4 white papers): 32-bit registers (per lane of a SIMD for AMD), bytes of shared memory, also the
-    most for one program, and threads.
+    Limits are those of one multiprocessor (NVIDIA, CUDA C++ Programming Guide, table of compute capabilities) or
+    compute unit (AMD, CDNA 3 and 4 white papers): 32-bit registers (per lane of a SIMD for AMD), bytes of shared
+    memory, also the most for one program, and threads.
     """
 
     name: str

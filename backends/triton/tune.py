@@ -62,9 +62,7 @@ def tune(directory: Path) -> list[str]:
     return write_choices(directory, runner.bundle, str(runner.dispatcher.gpu), found)
 
 
-def measure(
-    runner: TritonRunner, bundle: BundleDispatcher, timer: Timer
-) -> dict[str, list[tuple[str, float]]]:
+def measure(runner: TritonRunner, bundle: BundleDispatcher, timer: Timer) -> dict[str, list[tuple[str, float]]]:
     """Site → (label, microseconds) of each of its configurations."""
     program, found, done = runner.program, dict[str, list[tuple[str, float]]](), set()
     nodes = [node for node in program.nodes if node.target in PLANS]
@@ -90,9 +88,7 @@ def measure(
     return found
 
 
-def write_choices(
-    directory: Path, bundle: Bundle, gpu: str, found: dict[str, list[tuple[str, float]]]
-) -> list[str]:
+def write_choices(directory: Path, bundle: Bundle, gpu: str, found: dict[str, list[tuple[str, float]]]) -> list[str]:
     """Write the fastest of each site beside those of other GPUs, and the file's hash into the manifest."""
     path = directory / CHOICES
     known = read_json(path, Choices).gpus if path.is_file() else {}

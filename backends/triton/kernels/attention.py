@@ -3,7 +3,8 @@
 Where tiles go. A program owns one key-value head of one row, all the query heads that share it, and one part of the
 cache: BLOCK_M >= (query heads a key-value head) * new tokens rows of scores. A step reads BLOCK_T tokens of keys and
 values as int8, multiplies them as they are (they are exact in the type of q), and puts their scales onto scores and
-probabilities: nothing is dequantized in memory. Softmax runs along (Milakov and Gimelshein 2018); `combine` joins parts.
+probabilities: nothing is dequantized in memory. Softmax runs along (Milakov and Gimelshein 2018); `combine` joins
+parts.
 
 Roofline. 2 bytes a channel and cached token (keys and values) against 4 * (query heads a key-value head) operations:
 bandwidth bound, at half of the bytes of an fp16 cache; parts keep all multiprocessors reading.

@@ -11,8 +11,8 @@ import triton.language as tl
 def load_words(
     plane, run, runs, columns, inside, N, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr
 ):  # fmt: skip
-    """The words [RUNS, words a run, BLOCK_N] of RUNS runs from `run` on: neighbouring threads read neighbouring outputs,
-    16 bytes each. They are read once, so they leave the cache first."""
+    """The words [RUNS, words a run, BLOCK_N] of RUNS runs from `run` on: neighbouring threads read neighbouring
+    outputs, 16 bytes each. They are read once, so they leave the cache first."""
     WORDS: tl.constexpr = BLOCK_K * WIDTH // 32
     which = run + tl.arange(0, RUNS)
     rows = which[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -49,7 +49,8 @@ def load_codes(
 def half_float(codes, BITS: tl.constexpr, MANTISSA: tl.constexpr, LIFT: tl.constexpr):
     """Codes of a small float as fp16: its exponent and mantissa are moved under fp16's, which counts from 2^LIFT lower.
 
-    Subnormals come out right, for they are fp16 subnormals before the exact product. Patterns of nan are not looked for.
+    Subnormals come out right, for they are fp16 subnormals before the exact product. Patterns of nan are not looked
+    for.
     """
     sign = (codes >> (BITS - 1)) << 15
     magnitude = (codes & ((1 << (BITS - 1)) - 1)) << (10 - MANTISSA)

@@ -2,9 +2,9 @@
 
 Where tiles go. A program owns BLOCK_M x BLOCK_N outputs of one part of K; a step multiplies x [BLOCK_M, BLOCK_K] and W
 [BLOCK_K, BLOCK_N], both through shared memory, K contiguous in both, as 8-bit tensor cores want them. Where a row has
-one scale (GROUP_STEPS 0) sums stay in the tensor cores' accumulators (int32, fp32) to the end; else every BLOCK_K, which
-divides the group, ends in fp32 times both scales: that is also what keeps Hopper's 14-bit fp8 accumulation precise.
-A chip that does not multiply e4m3fn (NATIVE false) gets it as fp16, exactly.
+one scale (GROUP_STEPS 0) sums stay in the tensor cores' accumulators (int32, fp32) to the end; else every BLOCK_K,
+which divides the group, ends in fp32 times both scales: that is also what keeps Hopper's 14-bit fp8 accumulation
+precise. A chip that does not multiply e4m3fn (NATIVE false) gets it as fp16, exactly.
 
 Roofline. 2 * M * N * K operations for (M + N) * K bytes: compute bound from some M = 300 on (H200: 1,979 TFLOPS dense
 fp8 over 4.8 TB/s = 412 operations a byte); below, K is cut in parts so that all multiprocessors read.
@@ -53,7 +53,10 @@ def gemm(
         left = tl.load(at_x, mask=inside_m[:, None] & (k < K)[None, :], other=0)
         at_w = plane0 + columns[None, :] * stride_w + k[:, None]
         right = tl.load(at_w, mask=inside_n[None, :] & (k < K)[:, None], other=0)
-        left, right = as_operand(left, KIND, NATIVE, BLOCK_M, BLOCK_K), as_operand(right, KIND, NATIVE, BLOCK_K, BLOCK_N)
+        left, right = (
+            as_operand(left, KIND, NATIVE, BLOCK_M, BLOCK_K),
+            as_operand(right, KIND, NATIVE, BLOCK_K, BLOCK_N),
+        )
         if GROUPED:
             product = tl.dot(left, right, out_dtype=tl.int32 if KIND == "int8" else tl.float32)
             group = 0 if GROUP_STEPS == 0 else step // GROUP_STEPS

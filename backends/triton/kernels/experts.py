@@ -1,9 +1,9 @@
 """y[t] = x[t] · W[expert(t)]ᵀ with packed weights of several experts: one launch for all tokens.
 
 Where tiles go. Tokens are read through `order`, sorted by expert; a program owns up to BLOCK_M tokens of one expert and
-BLOCK_N outputs, and works as `weight_only.gemm` does. Which expert it has, it finds by comparing its number with the last
-block of every expert, so that nothing has to be known on the host: there are as many programs as could be needed, and
-those beyond the last block end at once.
+BLOCK_N outputs, and works as `weight_only.gemm` does. Which expert it has, it finds by comparing its number with the
+last block of every expert, so that nothing has to be known on the host: there are as many programs as could be needed,
+and those beyond the last block end at once.
 
 Roofline. As `weight_only`, of the experts that are hit: for few tokens, each reads its expert's packed bytes once.
 """
@@ -23,8 +23,8 @@ def gemm(
     GROUP_RUNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`order` int32 [tokens]; `starts` int32 [EXPERTS + 1], where an expert's tokens begin in it; `ends` int32 [EXPERTS],
-    the number of blocks of all experts up to each; sizes are those of one expert's planes and scales."""
+    """`order` int32 [tokens]; `starts` int32 [EXPERTS + 1], where an expert's tokens begin in it; `ends` int32
+    [EXPERTS], the number of blocks of all experts up to each; sizes are those of one expert's planes and scales."""
     block, pid_n = tl.program_id(0), tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     all_ends = tl.load(ends + e, mask=e < EXPERTS, other=2147483647)

@@ -55,7 +55,9 @@ def transform(
         values = values.to(tl.float32)
         if A_SIZE == 1:
             largest = tl.max(tl.abs(values), axis=1)
-            scale = tl.where(largest == 0, 1.0, tl.maximum(tl.div_rn(largest, tl.full([1], DIVISOR, tl.float32)), FLOOR))
+            scale = tl.where(
+                largest == 0, 1.0, tl.maximum(tl.div_rn(largest, tl.full([1], DIVISOR, tl.float32)), FLOOR)
+            )
             tl.store(scales + a, scale, mask=a < R)
             steps = tl.div_rn(values, tl.broadcast_to(scale[:, None], [BLOCK_R, B]))
         else:

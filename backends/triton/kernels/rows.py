@@ -1,8 +1,8 @@
 """Activations as codes, a scale a token or a group of channels: int8 and e4m3fn, alone or behind an RMSNorm.
 
 Where tiles go. A program owns one row of x [M, K] and keeps all of it in registers (BLOCK >= K, a power of two): one
-read, one write of a byte a channel. With NORM the row is normalized and multiplied by its gain first, and rounded to x's
-type as the unfused graph would. Division and rounding are IEEE's, so codes are those that the numerics compute.
+read, one write of a byte a channel. With NORM the row is normalized and multiplied by its gain first, and rounded to
+x's type as the unfused graph would. Division and rounding are IEEE's, so codes are those that the numerics compute.
 
 Roofline. K * (2 + 1) bytes a row in half precision against 3 operations a byte: bandwidth bound; unfused, the norm, the
 scales and the codes read the row four times and write it twice.

@@ -1,9 +1,9 @@
 """y[M, N] = x[M, K] · W[N, K]ᵀ of microscaling formats on both sides, by the chip's block-scaled product.
 
 `quantize` makes x's codes: 32 channels share a power of two, 2^(⌊log2 amax⌋ - emax), the rule of the OCP specification.
-`gemm` hands codes and exponents to `tl.dot_scaled`: tensor cores that multiply them as they are (sm_100, sm_120, gfx950)
-or Triton's own decoding into bf16. With EMULATE, for chips whose Triton knows no fp8 at all (sm_80), both sides are
-decoded here, exactly, to bf16 or fp32.
+`gemm` hands codes and exponents to `tl.dot_scaled`: tensor cores that multiply them as they are (sm_100, sm_120,
+gfx950) or Triton's own decoding into bf16. With EMULATE, for chips whose Triton knows no fp8 at all (sm_80), both sides
+are decoded here, exactly, to bf16 or fp32.
 
 Where tiles go. A step takes RUNS runs of 32 codes. W's words are taken apart into bytes in registers: two codes of four
 bits stay together, so the k of a byte is that of the tile order (`pack`), and x's codes are written in the same order:
@@ -34,7 +34,8 @@ def encode_e2m1(x):
 def quantize(
     x, codes, exponents, M, K, stride_x, KIND: tl.constexpr, EMAX: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One row a program: codes, a byte each [M, K] or two of four bits a byte [M, K / 2], exponents uint8 [M, K / 32]."""
+    """One row a program: codes, a byte each [M, K] or two of four bits a byte [M, K / 2], exponents uint8 [M, K /
+    32]."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride_x + k, mask=k < K, other=0.0).to(tl.float32)
@@ -104,7 +105,8 @@ def gemm(
     RIGHT: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RUNS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """LEFT and RIGHT are `e2m1` or `e4m3`, both the same. x as `quantize` leaves it; W's planes and exponents [K / 32, N]."""
+    """LEFT and RIGHT are `e2m1` or `e4m3`, both the same. x as `quantize` leaves it; W's planes and exponents [K / 32,
+    N]."""
     pid, part = tl.program_id(0), tl.program_id(1)
     row_blocks = tl.cdiv(M, BLOCK_M)
     rows = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -7,8 +7,8 @@ RUNS * BLOCK_K] (through shared memory), unpacks codes [RUNS * BLOCK_K, BLOCK_N]
 cores. With one run a step the scale goes onto the sums: exact codes in the product, fp32 behind it. With SCALE_FIRST it
 goes onto the codes, in fp32, before they are rounded to x's type: that spares BLOCK_M x BLOCK_N multiplications a step,
 and is what several runs, or a float zero-point, need.
-`gemv`: one row of x; a program owns BLOCK_N outputs of one part of K. No tensor cores: a thread keeps the words it loaded,
-takes them apart field by field, and adds up in fp32.
+`gemv`: one row of x; a program owns BLOCK_N outputs of one part of K. No tensor cores: a thread keeps the words it
+loaded, takes them apart field by field, and adds up in fp32.
 
 Roofline. One row reads K * N * bits / 8 bytes for 2 * K * N operations: bandwidth bound by far (16 operations a byte at
 int4; an H200 has 200 and more), so what counts is bytes in flight: 16-byte loads of words, several stages, and K cut in

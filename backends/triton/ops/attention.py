@@ -1,10 +1,11 @@
 """Attention over a cache of int8 codes, read as it is.
 
-    qcompile_triton::attend_codes(Tensor q, Tensor keys, Tensor key_scale, Tensor values, Tensor value_scale, Tensor? mask,
+    qcompile_triton::attend_codes(Tensor q, Tensor keys, Tensor key_scale, Tensor values, Tensor value_scale, Tensor?
+    mask,
                                   float scale) -> Tensor
 
-q [B, H, S, D]; keys and values int8 [B, G, T, D], H a multiple of G; scales float32 [B, G, T, 1]; mask bool [B or 1, 1, S,
-T], true where a token is seen; the result [B, H, S, D] in q's type. A row that sees nothing gives zeros.
+q [B, H, S, D]; keys and values int8 [B, G, T, D], H a multiple of G; scales float32 [B, G, T, 1]; mask bool [B or 1, 1,
+S, T], true where a token is seen; the result [B, H, S, D] in q's type. A row that sees nothing gives zeros.
 
 For few new tokens a kernel reads the codes; for many, where products count and not bytes, they are dequantized.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.launch import EXACT, Config, Constant, Launch, ceil_div, only_shapes
+from qcompile.backends.triton.launch import EXACT, Argument, Config, Constant, Launch, ceil_div, only_shapes
 from qcompile.backends.triton.ops.registration import register, run
 from qcompile.backends.triton.ops.weight_only import FILL
 
@@ -51,7 +52,7 @@ def plan(
     seen = keys if mask is None else mask.contiguous() if mask.stride(-1) != 1 else mask
     strides = (0, 0) if mask is None else (seen.stride(0) if seen.shape[0] > 1 else 0, seen.stride(2))
     block_d = max(16, 1 << (d - 1).bit_length())
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"q": q.contiguous(), "keys": keys.contiguous(), "key_scale": key_scale.contiguous()},
         **{"values": values.contiguous(), "value_scale": value_scale.contiguous(), "mask": seen},
         **{"sums": sums, "top": top, "weight": weight, "HEADS": groups, "S": s, "T": t, "D": d},
@@ -63,7 +64,15 @@ def plan(
     }
     config = Config(block_m, BLOCK_T, 4, 2)
     first = Launch("attention.attend", arguments, constants, (b * groups, parts, 1), config)
-    joined = {"sums": sums, "top": top, "weight": weight, "out": out, "ROWS": total, "D": d, "parts": parts}
+    joined: dict[str, Argument] = {
+        "sums": sums,
+        "top": top,
+        "weight": weight,
+        "out": out,
+        "ROWS": total,
+        "D": d,
+        "parts": parts,
+    }
     second = Launch("attention.combine", joined, {"BLOCK_D": block_d}, (total, 1, 1), Config(1, block_d, 1, 1))
     return out, [first, second]
 

@@ -3,8 +3,8 @@
     qcompile_triton::expert_linear(Tensor x, Tensor expert, Tensor[] planes, Tensor scale, Tensor? zero, Tensor? factor,
                                    Tensor? table, str format) -> Tensor
 
-x [T, K]; expert int64 [T], which expert a token is for; planes, scale, zero and factor as `weight_only` takes them, with
-an axis of experts in front; the result [T, N] in x's type.
+x [T, K]; expert int64 [T], which expert a token is for; planes, scale, zero and factor as `weight_only` takes them,
+with an axis of experts in front; the result [T, N] in x's type.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 from qcompile.backends.triton.formats import WeightFormat
 from qcompile.backends.triton.launch import (
     EXACT,
+    Argument,
     Config,
+    Constant,
     Launch,
     as_rows,
     bucket,
@@ -53,7 +55,7 @@ def plan(
     order, starts, ends = sorted_by_expert(expert, count, config.block_m)
     none = planes[0]
     sizes = [plane[0].numel() for plane in planes]
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"x": rows, "order": order, "starts": starts, "ends": ends, "plane0": planes[0]},
         **{"plane1": planes[1] if len(planes) > 1 else none, "scale": scale},
         **{"zero": none if zero is None else zero, "factor": none if factor is None else factor},
@@ -62,7 +64,7 @@ def plan(
         **{"plane0_size": sizes[0], "plane1_size": sizes[-1] if len(sizes) > 1 else 0},
         **{"scale_size": scale[0].numel(), "runs": form.runs},
     }
-    constants = {"EXPERTS": count, **decoding(form), "PRECISION": EXACT}
+    constants: dict[str, Constant] = {"EXPERTS": count, **decoding(form), "PRECISION": EXACT}
     constants |= {"BLOCK_E": max(2, 1 << (count - 1).bit_length()), "BLOCK_M": config.block_m}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "RUNS": config.runs}
     blocks = tokens // config.block_m + min(count, tokens)

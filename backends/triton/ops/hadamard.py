@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.launch import EXACT, Config, Constant, Launch, ceil_div, only_shapes
+from qcompile.backends.triton.launch import EXACT, Argument, Config, Constant, Launch, ceil_div, only_shapes
 from qcompile.backends.triton.ops.quantize_rows import reference as quantize_reference
 from qcompile.backends.triton.ops.quantize_rows import rounding
 from qcompile.backends.triton.ops.registration import register, run
@@ -90,7 +90,14 @@ def _launch(
     left, right = matrices(order, block, inverse, x.dtype, x.device)
     padded = [1 << max(4, (size - 1).bit_length()) for size in (a, b)]
     rows = 16 if runs <= 1024 else 64
-    arguments = {"x": x.contiguous(), "left": left, "right": right, "out": out, "scales": scales, "R": runs}
+    arguments: dict[str, Argument] = {
+        "x": x.contiguous(),
+        "left": left,
+        "right": right,
+        "out": out,
+        "scales": scales,
+        "R": runs,
+    }
     constants: dict[str, Constant] = {
         **{"A_SIZE": a, "B_SIZE": b, "A": padded[0], "B": padded[1], "FACTOR": 1 / math.sqrt(block)},
         **{"BLOCK_R": rows, "PRECISION": EXACT},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.launch import Config, Constant, Launch, as_rows, only_shapes
+from qcompile.backends.triton.launch import Argument, Config, Constant, Launch, as_rows, only_shapes
 from qcompile.backends.triton.ops.registration import register, run
 from qcompile.numerics import QuantSpec, choose_qparams, quantize
 from qcompile.numerics.element import IntElement
@@ -61,7 +61,7 @@ def plan(x: Tensor, gain: Tensor | None, eps: float, spec: str) -> tuple[tuple[T
         return (codes, scales), []
     rows, block = as_rows(x, width), 1 << max(4, (width - 1).bit_length())
     config = Config(1, block, 4 if block <= 4096 else 8 if block <= 16384 else 16, 1)
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"x": rows, "gain": rows if gain is None else gain, "codes": codes, "scales": scales},
         **{"M": rows.shape[0], "K": width, "stride_x": rows.stride(0)},
     }

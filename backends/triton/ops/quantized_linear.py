@@ -3,9 +3,9 @@
     qcompile_triton::quantized_linear(Tensor codes, Tensor row_scale, Tensor[] planes, Tensor scale, Tensor? factor,
                                       Tensor? bias, str format, ScalarType dtype) -> Tensor
 
-codes [..., K] int8 or e4m3fn bit patterns, row_scale float32 [..., groups], as `quantize_rows` gives them; planes, scale,
-factor and bias as `weight_only` takes them, for weights without zero-points; the result [..., N] in `dtype`. A weight
-whose layout is `rows` has 8-bit codes of the activation's kind, one of layout `tile` integers of up to 7 bits.
+codes [..., K] int8 or e4m3fn bit patterns, row_scale float32 [..., groups], as `quantize_rows` gives them; planes,
+scale, factor and bias as `weight_only` takes them, for weights without zero-points; the result [..., N] in `dtype`. A
+weight whose layout is `rows` has 8-bit codes of the activation's kind, one of layout `tile` integers of up to 7 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from qcompile.backends.triton.formats import WeightFormat
 from qcompile.backends.triton.launch import (
     NATIVE,
+    Argument,
     Config,
     Constant,
     Launch,
@@ -100,7 +101,7 @@ def _eight_bit(
     m, n = x.shape[0], planes[0].shape[0]
     row_group = form.k // row_scale.shape[1]
     steps = ceil_div(form.k, step)
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"x": x, "row_scale": row_scale, "plane0": planes[0], "scale": scale},
         **{"bias": row_scale if bias is None else bias, "out": out, "M": m, "N": n, "K": form.k},
         **{"stride_w": form.padded, "stride_row": row_scale.shape[1], "stride_scale": scale.shape[1]},
@@ -132,14 +133,14 @@ def _narrow(
     step: int,
 ) -> Launch:
     m, n, none = x.shape[0], planes[0].shape[1], planes[0]
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"x": x, "row_scale": row_scale, "plane0": planes[0], "plane1": planes[1] if len(planes) > 1 else none},
         **{"scale": scale, "factor": none if factor is None else factor, "bias": none if bias is None else bias},
         **{"out": out, "M": m, "N": n, "K": form.k, "stride_scale": scale.shape[1], "runs": form.runs},
         "runs_a_part": ceil_div(form.runs, config.parts),
     }
     names = ("WIDTH0", "WIDTH1", "OFFSET", "SCALE", "OUTER", "TIMES", "ROWS", "GROUP_RUNS")
-    constants = {name: decoding(form)[name] for name in names}
+    constants: dict[str, Constant] = {name: decoding(form)[name] for name in names}
     constants |= {"BIAS": bias is not None and config.parts == 1, "PARTIAL": config.parts > 1}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": step}
     return Launch("narrow_int.gemm", arguments, constants, _grid(m, n, config), config)

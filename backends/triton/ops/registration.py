@@ -1,4 +1,5 @@
-"""Making a family's operator: a `torch.library.triton_op` that runs its plan, with a CPU kernel and a fake of shapes."""
+"""Making a family's operator: a `torch.library.triton_op` that runs its plan, with a CPU kernel and a fake of
+shapes."""
 
 from __future__ import annotations
 

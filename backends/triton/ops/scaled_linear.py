@@ -4,8 +4,9 @@
     qcompile_triton::scaled_linear(Tensor codes, Tensor exponents, Tensor[] planes, Tensor scale, Tensor? bias,
                                    str format, ScalarType dtype) -> Tensor
 
-x [..., K] with K a multiple of 32; `element` e2m1 (MXFP4) or e4m3fn (MXFP8), scales by the rule `floor`. Codes are uint8
-[..., K], or for e2m1 two a byte [..., K / 2] in the order of a weight's packed words; exponents uint8 [..., K / 32].
+x [..., K] with K a multiple of 32; `element` e2m1 (MXFP4) or e4m3fn (MXFP8), scales by the rule `floor`. Codes are
+uint8 [..., K], or for e2m1 two a byte [..., K / 2] in the order of a weight's packed words; exponents uint8 [..., K /
+32].
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from qcompile.backends.triton.formats import WeightFormat, element_of
 from qcompile.backends.triton.launch import (
     EMULATE,
+    Argument,
     Config,
     Constant,
     Launch,
@@ -46,7 +48,7 @@ def plan_quantize(x: Tensor, element: str) -> tuple[tuple[Tensor, Tensor], list[
         return (codes, exponents), []
     rows, block = as_rows(x, width), 1 << max(5, (width - 1).bit_length())
     config = Config(1, block, 4 if block <= 4096 else 8, 1)
-    arguments = {"x": rows, "codes": codes, "exponents": exponents}
+    arguments: dict[str, Argument] = {"x": rows, "codes": codes, "exponents": exponents}
     arguments |= {"M": rows.shape[0], "K": width, "stride_x": rows.stride(0)}
     constants: dict[str, Constant] = {"KIND": "e2m1" if narrow else "e4m3", "EMAX": 2 if narrow else 8, "BLOCK": block}
     return (codes, exponents), [Launch("scaled.quantize", arguments, constants, (rows.shape[0], 1, 1), config)]
@@ -85,7 +87,7 @@ def plan(
         config = dispatcher().choose(site, configs(form, n, m))
     sums = out if config.parts == 1 else out.new_empty((config.parts, m, n), dtype=torch.float32)
     steps = ceil_div(form.runs, config.runs)
-    arguments = {
+    arguments: dict[str, Argument] = {
         **{"x": rows, "row_scale": exponents.reshape(m, -1).contiguous(), "plane0": planes[0], "scale": scale},
         **{"bias": rows if bias is None else bias, "out": sums, "M": m, "N": n, "K": form.k},
         **{"stride_scale": scale.shape[1], "runs": form.runs},
@@ -129,7 +131,7 @@ def reference(
         pairs = codes.unflatten(-1, (-1, 4, 1, 4))
         codes = torch.cat([pairs & 15, pairs >> 4], -2).flatten(-4)
     step = exponents.view(torch.float8_e8m0fnu).to(torch.float32).repeat_interleave(32, -1)
-    x = (element_of(form.element).decode(codes) * step).to(dtype)  # type: ignore[attr-defined]
+    x = (element_of(form.element).decode(codes) * step).to(dtype)
     return torch.nn.functional.linear(x, dequantize(planes, scale, None, None, format, dtype), bias)
 
 

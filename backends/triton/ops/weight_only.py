@@ -3,9 +3,10 @@
     qcompile_triton::weight_only(Tensor x, Tensor[] planes, Tensor scale, Tensor? zero, Tensor? factor, Tensor? table,
                                  Tensor? bias, str format) -> Tensor
 
-x [..., K] and the result [..., N] are float32, float16 or bfloat16; planes int32 [K * width / 32, N] (`pack.TileOrder`);
-scale and zero [G, N / rows], scales that are no plain floats as bytes (uint8); factor float32 [1], the tensor's global scale; table float32 [2^bits], the values of codes
-that no shift decodes; bias [N]; format a `WeightFormat`.
+x [..., K] and the result [..., N] are float32, float16 or bfloat16; planes int32 [K * width / 32, N]
+(`pack.TileOrder`); scale and zero [G, N / rows], scales that are no plain floats as bytes (uint8); factor float32 [1],
+the tensor's global scale; table float32 [2^bits], the values of codes that no shift decodes; bias [N]; format a
+`WeightFormat`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.triton.formats import WeightFormat
-from qcompile.backends.triton.launch import EXACT, Config, Constant, Launch, as_rows, bucket, ceil_div, dispatcher, only_shapes
+from qcompile.backends.triton.launch import (
+    EXACT,
+    Argument,
+    Config,
+    Constant,
+    Launch,
+    as_rows,
+    bucket,
+    ceil_div,
+    dispatcher,
+    only_shapes,
+)
 from qcompile.backends.triton.ops.registration import register, run
 
 FILL = 264
@@ -87,7 +99,7 @@ def _launches(
     m, n, single = x.shape[0], planes[0].shape[1], config.block_m == 1
     sums = x.new_empty((config.parts, m, n), dtype=torch.float32) if config.parts > 1 else out
     none = planes[0]  # stands where a kernel reads nothing
-    arguments = {
+    arguments: dict[str, Argument] = {
         "x": x,
         "plane0": planes[0],
         "plane1": planes[1] if len(planes) > 1 else none,
@@ -101,7 +113,11 @@ def _launches(
         "runs": form.runs,
         "runs_a_part": ceil_div(form.runs, config.parts * config.runs) * config.runs,
     }
-    constants = {**decoding(form), "BIAS": bias is not None and config.parts == 1, "EVEN_K": form.k == form.padded}
+    constants: dict[str, Constant] = {
+        **decoding(form),
+        "BIAS": bias is not None and config.parts == 1,
+        "EVEN_K": form.k == form.padded,
+    }
     constants["PARTIAL"] = config.parts > 1
     if single:
         constants |= {"BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "RUNS": config.runs}
@@ -110,7 +126,12 @@ def _launches(
     else:
         constants["SCALE_FIRST"] = form.zero == "float" or config.block_m >= 64 or config.runs > 1
         constants["PRECISION"] = EXACT
-        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": form.block_k, "RUNS": config.runs}
+        constants |= {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": form.block_k,
+            "RUNS": config.runs,
+        }
         constants = {name: constants[name] for name in _GEMM_ORDER}
         grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n), config.parts, 1)
     launches = [Launch("weight_only.gemv" if single else "weight_only.gemm", arguments, constants, grid, config)]
@@ -128,7 +149,14 @@ _GEMM_ORDER = (
 def reduce_launch(sums: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> Launch:
     """The launch that adds up partial sums [parts, M, N]."""
     n, total = out.shape[-1], math.prod(out.shape)
-    arguments = {"sums": sums, "bias": sums if bias is None else bias, "out": out, "parts": parts, "MN": total, "N": n}
+    arguments: dict[str, Argument] = {
+        "sums": sums,
+        "bias": sums if bias is None else bias,
+        "out": out,
+        "parts": parts,
+        "MN": total,
+        "N": n,
+    }
     constants: dict[str, Constant] = {"BIAS": bias is not None, "BLOCK": 1024}
     return Launch("weight_only.reduce", arguments, constants, (ceil_div(total, 1024), 1, 1), Config(1, 1024, 4, 1))
 
@@ -171,7 +199,7 @@ def dequantize(
     if factor is not None:
         step = step / factor
     step = _spread(step * form.times if form.times != 1.0 else step, spread)
-    values = codes.to(torch.float32) if form.integer else form.spec_element.decode(codes)  # type: ignore[attr-defined]
+    values = codes.to(torch.float32) if form.integer else form.spec_element.decode(codes)
     if zero is not None:
         values = values - _spread(zero.to(torch.float32), spread)
     return (values * step).to(dtype)

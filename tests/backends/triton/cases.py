@@ -122,12 +122,23 @@ def quantized_linear(
     codes, row_scale = qr.reference(x, None, 0.0, activation)
     expected = QuantSpec.parse(activation).quantize(x).dequantize()
     added = values((n,), 3, dtype, device) if bias else None
-    operands = (codes, row_scale, parts["planes"], parts["scale"], parts["factor"], added, parts["format"], DTYPES[dtype])
+    operands = (
+        codes,
+        row_scale,
+        parts["planes"],
+        parts["scale"],
+        parts["factor"],
+        added,
+        parts["format"],
+        DTYPES[dtype],
+    )
     chosen = None if config is None else Config(*config)
     with dispatching(JustInTime()):
         out, launches = ql.plan(*operands, config=chosen)
     JustInTime().launch(launches)
-    exact = torch.nn.functional.linear(expected.double(), expected_weight.double(), None if added is None else added.double())
+    exact = torch.nn.functional.linear(
+        expected.double(), expected_weight.double(), None if added is None else added.double()
+    )
     told = ql.reference(*operands)
     return {"error": error(out, exact), "reference": error(told, exact), "kernels": [one.kernel for one in launches]}
 
@@ -165,7 +176,9 @@ def scaled_linear(
     if emulate is not None:
         launches[0] = replace(launches[0], constants={**launches[0].constants, "EMULATE": emulate})
     JustInTime().launch(launches)
-    exact = torch.nn.functional.linear(expected.double(), expected_weight.double(), None if added is None else added.double())
+    exact = torch.nn.functional.linear(
+        expected.double(), expected_weight.double(), None if added is None else added.double()
+    )
     return {"error": error(out, exact), "reference": error(sl.reference(*operands), exact)}
 
 
