@@ -115,6 +115,11 @@ class WeightFormat:
             return None
         return element.mantissa_bits, 15 - element.bias
 
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for before zero-point and step, float32."""
+        element = self.spec_element
+        return codes.to(torch.float32) if isinstance(element, IntElement) else element.decode(codes)
+
     def pack(self, codes: Tensor) -> tuple[Tensor, ...]:
         """Codes [N, k] as the planes of `TileOrder`, with zeros behind the last of a row."""
         if codes.shape[1] != self.k:
@@ -176,7 +181,7 @@ def format_of(spec: QuantSpec, shape: tuple[int, ...], scale_shape: tuple[int, .
     named = f"int{spec.bits}" if fraction else str(element)
     times = 2.0**-fraction
     if isinstance(spec.scale, E8M0Scale) and spec.scale.rule == "noclip":
-        times *= 2.0 ** (element.emax + 1) / element.largest  # type: ignore[union-attr]
+        times *= 2.0 ** (element.emax + 1) / element.largest
     kind = "e8m0" if isinstance(spec.scale, E8M0Scale) else "e4m3" if isinstance(spec.scale, E4M3Scale) else "float"
     outer = isinstance(spec.scale, E4M3Scale) and spec.scale.shared
     bits = _stored_bits(spec.bits, block)

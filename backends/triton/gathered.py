@@ -59,9 +59,9 @@ def _match(program: Program, node: fx.Node) -> Gathered | None:
     weight, indices = match_weight(program, picked.args[0]), picked.args[1]
     reader = next(iter(node.users), None)
     squeezed = (aten.squeeze.dim, aten.squeeze.dims)
-    if weight is None or len(weight.shape) != 3 or len(indices) != 1 or len(node.users) != 1 or reader is None:  # type: ignore[arg-type]
+    if weight is None or len(weight.shape) != 3 or len(indices) != 1 or len(node.users) != 1 or reader is None:
         return None
-    x, expert = column.args[0], indices[0]  # type: ignore[index]
+    x, expert = column.args[0], indices[0]
     last = program.arg(column, "dim") in (-1, 2) and reader.target in squeezed and same(shape_of(node)[-1], 1)
     if not last or reader.args[1] not in (-1, 2, [-1], [2]) or len(shape_of(x)) != 2 or len(shape_of(expert)) != 1:
         return None

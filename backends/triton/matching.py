@@ -37,8 +37,14 @@ class Site:
 
     @property
     def x(self) -> fx.Node:
-        """What the kernel reads, before any quantization that it does itself."""
-        return self.product.x if self.activation is None else self.activation.x
+        """What the kernel reads now, before any quantization that it does itself: products before this one may have been
+        replaced since it was matched."""
+        node = self.product.node
+        if self.activation is not None:
+            node = self.activation.node.args[0]  # type: ignore[assignment]  # its codes, made of x
+        value = node.args[1] if node.target is torch.ops.aten.addmm.default else node.args[0]
+        assert isinstance(value, fx.Node)
+        return value
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,24 @@ class Rewritten:
     notes: tuple[str, ...]
 
 
-def rewrite(program: Program, merged: bool = True) -> Rewritten:
-    """Rewrite a copy of `program`; see the file's first lines. Weights are read when they are written."""
+def rewrite(program: Program, merged: bool = True, experts: bool = True) -> Rewritten:
+    """Rewrite a copy of `program`; see the file's first lines. Weights are read when they are written.
+
+    Args:
+        merged: make products that read one value one product.  experts: pack experts that are gathered.
+    """
     rewriter, index = Rewriter(program), list[PackedWeight]()
     sites, left = match_sites(rewriter.program)
     groups = merge(sites, merged)
     for group in groups:
         lower_products(rewriter, group, index)
-    experts, more = lower_experts(rewriter, index)
+    gathered, more = lower_experts(rewriter, index) if experts else (0, [])
     attention, reasons = lower_attention(rewriter)
     rewriter.program.refresh()
     fused = fuse(rewriter)
     rewriter.program.refresh()
     notes = [*_products(sites, groups)]
-    notes += [f"{experts} products of packed experts"] if experts else []
+    notes += [f"{gathered} products of packed experts"] if gathered else []
     notes += [f"attention reads codes in {attention} places"] if attention else []
     notes += [f"{count} {what} in kernels" for what, count in fused.items()]
     notes += _counted("products with quantized weights run in torch", (item.reason for item in [*left, *more]))

@@ -55,7 +55,7 @@ class TritonRunner:
             raise QCompileError(f"executor={executor} needs a GPU and torch finds none; use executor=cpu")
         self.device = torch.device("cuda" if gpu and executor != "cpu" else "cpu")
         self.dispatcher = None if self.device.type == "cpu" else gpu_dispatcher(self.directory, self.bundle, executor)
-        self.program = Program.parse(text, _store(self.directory, self.bundle, self.device))
+        self.program = Program.parse(text, weight_store(self.directory, self.bundle, self.device))
         _move_devices(self.program, self.device)
         self.inputs = signature(self.program)
         self.outputs = list(self.program.output_names)
@@ -139,7 +139,7 @@ def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _store(directory: Path, bundle: Bundle, device: torch.device) -> WeightStore:
+def weight_store(directory: Path, bundle: Bundle, device: torch.device) -> WeightStore:
     """The tensors of the graph: on a GPU all of them; on a CPU those of a model that is small, else read when touched.
 
     Raises ArtifactError for a shard that is missing or damaged, and where they do not fit the GPU.
@@ -183,5 +183,5 @@ def _move_devices(program: Program, device: torch.device) -> None:
         return device if isinstance(value, torch.device) else value
 
     for node in program.nodes:
-        node.args = fx.node.map_aggregate(node.args, moved)  # type: ignore[assignment]
-        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)  # type: ignore[assignment]
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)

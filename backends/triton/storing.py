@@ -153,8 +153,7 @@ def code_values(form: WeightFormat) -> Tensor | None:
     if form.integer or form.half_float is not None:
         return None
     codes = torch.arange(1 << form.bits).clamp(max=(1 << form.spec_element.bits) - 1)
-    decoded: Tensor = form.spec_element.decode(codes.to(torch.uint8))
-    return decoded.to(torch.float32)
+    return form.values(codes.to(torch.uint8)).to(torch.float32)
 
 
 def unpacked(weight: PackedWeight, planes: Sequence[Tensor]) -> Tensor:

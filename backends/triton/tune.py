@@ -105,7 +105,8 @@ def event_timer(function: Callable[[], None]) -> float:
     """Microseconds of one call, by CUDA events over many, the first of which load kernels and warm caches."""
     for _ in range(3):
         function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    make: Any = torch.cuda.Event
+    start, end = make(enable_timing=True), make(enable_timing=True)
     start.record()
     for _ in range(REPEATS):
         function()

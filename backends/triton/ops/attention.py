@@ -104,7 +104,7 @@ def _attend_codes(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    result: Tensor = run(plan(q, keys, key_scale, values, value_scale, mask, scale))
+    result: Tensor = run(plan, reference, q, keys, key_scale, values, value_scale, mask, scale)
     return result
 
 

@@ -122,7 +122,7 @@ def _expert_linear(
     table: Tensor | None,
     format: str,
 ) -> Tensor:
-    result: Tensor = run(plan(x, expert, planes, scale, zero, factor, table, format))
+    result: Tensor = run(plan, reference, x, expert, planes, scale, zero, factor, table, format)
     return result
 
 

@@ -119,12 +119,12 @@ def reference_quantize(x: Tensor, order: int, block: int, inverse: bool, spec: s
 
 
 def _hadamard(x: Tensor, order: int, block: int, inverse: bool) -> Tensor:
-    result: Tensor = run(plan(x, order, block, inverse))
+    result: Tensor = run(plan, reference, x, order, block, inverse)
     return result
 
 
 def _hadamard_quantize(x: Tensor, order: int, block: int, inverse: bool, spec: str) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = run(plan_quantize(x, order, block, inverse, spec))
+    result: tuple[Tensor, Tensor] = run(plan_quantize, reference_quantize, x, order, block, inverse, spec)
     return result
 
 

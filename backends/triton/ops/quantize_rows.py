@@ -79,7 +79,7 @@ def reference(x: Tensor, gain: Tensor | None, eps: float, spec: str) -> tuple[Te
 
 
 def _quantize_rows(x: Tensor, gain: Tensor | None, eps: float, spec: str) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = run(plan(x, gain, eps, spec))
+    result: tuple[Tensor, Tensor] = run(plan, reference, x, gain, eps, spec)
     return result
 
 

@@ -178,7 +178,7 @@ def _quantized_linear(
     format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    result: Tensor = run(plan(codes, row_scale, planes, scale, factor, bias, format, dtype))
+    result: Tensor = run(plan, reference, codes, row_scale, planes, scale, factor, bias, format, dtype)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qcompile.backends.triton.launch import Plan, dispatcher
+from qcompile.errors import LoweringError
 
 NAMESPACE = "qcompile_triton"
 PLANS: dict[Any, Plan] = {}
@@ -23,7 +24,7 @@ def register(name: str, function: Callable[..., Any], plan: Plan, reference: Cal
         plan: see `Plan`; takes tensors of any device, `meta` included.
         reference: the same results from plain torch operators.
     """
-    op = torch.library.triton_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+    op: Any = torch.library.triton_op(f"{NAMESPACE}::{name}", function, mutates_args=())
     op.register_kernel("cpu")(reference)
     op.register_fake(lambda *args, **kwargs: plan(*args, **kwargs)[0])
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -31,8 +32,19 @@ def register(name: str, function: Callable[..., Any], plan: Plan, reference: Cal
     return overload
 
 
-def run(planned: tuple[Any, Any]) -> Any:
-    """Launch what was planned and return the results."""
-    result, launches = planned
+def run(plan: Plan, reference: Callable[..., Any], *arguments: Any) -> Any:
+    """An operator's body: launch what is planned and return the results.
+
+    On a CPU it is only run where a compiler traces it: then it is the reference, which becomes part of what is compiled.
+
+    Raises LoweringError where a compiler traces it on a GPU with sizes that are symbols: how many programs are launched,
+    and of which configuration, depends on them.
+    """
+    tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+    if tensor.device.type == "cpu":
+        return reference(*arguments)
+    result, launches = plan(*arguments)
+    if not launches and any(not isinstance(size, int) for size in tensor.shape):
+        raise LoweringError("kernels cannot be traced for sizes that vary; compile with dynamic=False")
     dispatcher().launch(launches)
     return result

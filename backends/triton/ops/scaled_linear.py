@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.formats import WeightFormat, element_of
+from qcompile.backends.triton.formats import WeightFormat
 from qcompile.backends.triton.launch import (
     EMULATE,
     Argument,
@@ -60,7 +60,7 @@ def reference_quantize(x: Tensor, element: str) -> tuple[Tensor, Tensor]:
     params = choose_qparams(x, spec)
     codes = quantize(x, params.scale, None, spec)
     if element == "e2m1":
-        pairs = codes.unflatten(-1, (-1, 4, 2, 4))
+        pairs = codes.reshape(*codes.shape[:-1], -1, 4, 2, 4)
         codes = (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(-3)
     return codes, params.scale.view(torch.uint8)
 
@@ -128,15 +128,15 @@ def reference(
     """The operator in plain torch: both sides dequantized, as the program has them."""
     form = WeightFormat.parse(format)
     if form.element == "e2m1":
-        pairs = codes.unflatten(-1, (-1, 4, 1, 4))
+        pairs = codes.reshape(*codes.shape[:-1], -1, 4, 1, 4)
         codes = torch.cat([pairs & 15, pairs >> 4], -2).flatten(-4)
     step = exponents.view(torch.float8_e8m0fnu).to(torch.float32).repeat_interleave(32, -1)
-    x = (element_of(form.element).decode(codes) * step).to(dtype)
+    x = (form.values(codes) * step).to(dtype)
     return torch.nn.functional.linear(x, dequantize(planes, scale, None, None, format, dtype), bias)
 
 
 def _quantize_scaled(x: Tensor, element: str) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = run(plan_quantize(x, element))
+    result: tuple[Tensor, Tensor] = run(plan_quantize, reference_quantize, x, element)
     return result
 
 
@@ -149,7 +149,7 @@ def _scaled_linear(
     format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    result: Tensor = run(plan(codes, exponents, planes, scale, bias, format, dtype))
+    result: Tensor = run(plan, reference, codes, exponents, planes, scale, bias, format, dtype)
     return result
 
 

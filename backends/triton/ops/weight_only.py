@@ -199,7 +199,7 @@ def dequantize(
     if factor is not None:
         step = step / factor
     step = _spread(step * form.times if form.times != 1.0 else step, spread)
-    values = codes.to(torch.float32) if form.integer else form.spec_element.decode(codes)
+    values = form.values(codes)
     if zero is not None:
         values = values - _spread(zero.to(torch.float32), spread)
     return (values * step).to(dtype)
@@ -238,7 +238,7 @@ def _weight_only(
     bias: Tensor | None,
     format: str,
 ) -> Tensor:
-    result: Tensor = run(plan(x, planes, scale, zero, factor, table, bias, format))
+    result: Tensor = run(plan, reference, x, planes, scale, zero, factor, table, bias, format)
     return result
 
 
