@@ -16,6 +16,7 @@ import pytest
 import qcompile
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # cases.py, which the interpreter's process imports as well
 NO_TRITON = "triton is not installed (pip install triton; Linux only)"
 
 

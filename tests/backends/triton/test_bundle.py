@@ -71,7 +71,7 @@ def test_a_model_runs_and_generates_as_its_program(llama: tuple[qcompile.Compile
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_steps_of_one_shape_give_the_same_tokens(llama: tuple[qcompile.CompiledModel, Artifact], fixed: bool) -> None:
-    model, artifact = llama
+    _model, artifact = llama
     runner = artifact.runner
     assert isinstance(runner, TritonRunner)
     session = Session(runner, room=12, fixed=fixed)

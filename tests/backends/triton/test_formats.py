@@ -13,8 +13,20 @@ from qcompile.numerics import QuantSpec
 
 @pytest.mark.parametrize(
     "text",
-    ["int4 group=32", "int3 asym group=16", "uint7 asym group=32 zero=float", "mxfp4", "nvfp4", "nf4 group=64"]
-    + ["e4m3fn block=32x32", "int8 tensor", "mxint8", "e3m2 channel", "int4 group=64 scale=pow2", "ternary channel"],
+    [
+        "int4 group=32",
+        "int3 asym group=16",
+        "uint7 asym group=32 zero=float",
+        "mxfp4",
+        "nvfp4",
+        "nf4 group=64",
+        "e4m3fn block=32x32",
+        "int8 tensor",
+        "mxint8",
+        "e3m2 channel",
+        "int4 group=64 scale=pow2",
+        "ternary channel",
+    ],
 )
 def test_a_weight_comes_back(text: str) -> None:
     spec = QuantSpec.parse(text)
