@@ -1,8 +1,8 @@
 """The aoti target: an AOTInductor package that computes on packed weights, for CPUs.
 
 Its graph is that of a bundle, whose operators AOTInductor compiles by their references: codes are taken apart, made
-numbers and multiplied in its C++. Weights stay beside it, packed, in safetensors by segment, and are handed over when it
-is loaded.
+numbers and multiplied in its C++. Weights stay beside it, packed, in safetensors by segment, and are handed over when
+it is loaded.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class AotiBackend(Backend):
     def lower(self, program: Program, directory: Path) -> LoweredFiles:
         """Write ``model.pt2``, the graph and the weights into `directory`.
 
-        Raises LoweringError for an obstacle, and where AOTInductor does not compile the graph (it needs a C++ compiler).
+        Raises LoweringError for an obstacle, and where AOTInductor does not compile the graph (it needs a C++
+        compiler).
         """
         from qcompile.backends.triton.bundle import Bundle, write_graph
         from qcompile.backends.triton.lower import stored_tensors, weight_entries, write_shards

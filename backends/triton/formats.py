@@ -10,7 +10,7 @@ from scales [G, N / rows], g counting groups along K.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -119,6 +119,20 @@ class WeightFormat:
         """What codes stand for before zero-point and step, float32."""
         element = self.spec_element
         return codes.to(torch.float32) if isinstance(element, IntElement) else element.decode(codes)
+
+    def numbers(self, planes: Sequence[Tensor]) -> Tensor:
+        """`values` of packed codes, [N, k], by plain shifts, as a compiler can trace them."""
+        if self.layout == "rows":
+            return self.values(planes[0][:, : self.k])
+        stored, start = torch.zeros((), dtype=torch.int32, device=planes[0].device), 0
+        for plane, width in zip(planes, self.order.widths, strict=True):
+            words = plane.reshape(self.runs, 1, -1, plane.shape[1])
+            shifts = torch.arange(0, 32, width, dtype=torch.int32, device=plane.device)[:, None, None]
+            fields = (words >> shifts) & ((1 << width) - 1)
+            stored = stored | (fields.reshape(self.padded, -1) << start)
+            start += width
+        codes = stored[: self.k].t()
+        return (codes - self.offset).to(torch.float32) if self.integer else self.values(codes.to(torch.uint8))
 
     def pack(self, codes: Tensor) -> tuple[Tensor, ...]:
         """Codes [N, k] as the planes of `TileOrder`, with zeros behind the last of a row."""

@@ -37,8 +37,8 @@ class Site:
 
     @property
     def x(self) -> fx.Node:
-        """What the kernel reads now, before any quantization that it does itself: products before this one may have been
-        replaced since it was matched."""
+        """What the kernel reads now, before any quantization that it does itself: products before this one may have
+        been replaced since it was matched."""
         node = self.product.node
         if self.activation is not None:
             node = self.activation.node.args[0]  # type: ignore[assignment]  # its codes, made of x

@@ -35,10 +35,11 @@ def register(name: str, function: Callable[..., Any], plan: Plan, reference: Cal
 def run(plan: Plan, reference: Callable[..., Any], *arguments: Any) -> Any:
     """An operator's body: launch what is planned and return the results.
 
-    On a CPU it is only run where a compiler traces it: then it is the reference, which becomes part of what is compiled.
+    On a CPU it is only run where a compiler traces it: then it is the reference, which becomes part of what is
+    compiled.
 
-    Raises LoweringError where a compiler traces it on a GPU with sizes that are symbols: how many programs are launched,
-    and of which configuration, depends on them.
+    Raises LoweringError where a compiler traces it on a GPU with sizes that are symbols: how many programs are
+    launched, and of which configuration, depends on them.
     """
     tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
     if tensor.device.type == "cpu":

@@ -193,13 +193,12 @@ def dequantize(
 ) -> Tensor:
     """The weight [N, K] in float32 arithmetic, rounded once to `dtype`: what kernels are compared with."""
     form = WeightFormat.parse(format)
-    codes = form.unpack(list(planes))
-    spread = max(1, codes.shape[0] // scale.shape[1]), form.k // scale.shape[0]
+    values = form.numbers(planes)
+    spread = max(1, values.shape[0] // scale.shape[1]), form.k // scale.shape[0]
     step = scale.view(_SCALES.get(form.scale, scale.dtype)).to(torch.float32)
     if factor is not None:
         step = step / factor
     step = _spread(step * form.times if form.times != 1.0 else step, spread)
-    values = form.values(codes)
     if zero is not None:
         values = values - _spread(zero.to(torch.float32), spread)
     return (values * step).to(dtype)

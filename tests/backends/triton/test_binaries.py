@@ -155,7 +155,9 @@ def test_a_site_without_any_binary_is_an_error(every: dict[str, Launch], tmp_pat
     variant = every["weight_only.gemm"].variant
     wanted = Needed({variant.key: (variant, "m16")}, {"somewhere": {"m16 parts=1": (variant.key,)}})
     tiny = replace(GPUS["sm_90"], shared_a_program=16)
-    with pytest.raises(LoweringError, match="no configuration for sm_90 at somewhere: .* leave this configuration out"):
+    with pytest.raises(
+        LoweringError, match=r"no configuration for sm_90 at somewhere: .* leave this configuration out"
+    ):
         write_binaries(wanted, [tiny], tmp_path)
 
 

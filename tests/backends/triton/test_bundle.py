@@ -218,7 +218,7 @@ def test_binaries_and_the_gpus_they_run_on() -> None:
 
 
 def test_small_groups_and_unknown_gpus(tmp_path: Path) -> None:
-    with pytest.raises(LoweringError, match="groups of 8 are not made of whole steps.*multiple of 16"):
+    with pytest.raises(LoweringError, match=r"groups of 8 are not made of whole steps.*multiple of 16"):
         export_program(program("insert-qdq(weights=int4 group=8), rtn"), tmp_path / "out", TritonBackend("none"), {})
     assert not (tmp_path / "out").exists()
     with pytest.raises(RecipeError, match=r"gpu 'sm_91' is unknown \(did you mean 'sm_90'\?\); known: sm_80"):

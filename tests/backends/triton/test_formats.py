@@ -68,7 +68,7 @@ def test_why_a_spec_has_no_format(text: str, reason: str) -> None:
 
 
 def test_a_step_never_reads_one_scale_for_several_groups() -> None:
-    with pytest.raises(SpecError, match="block_k=64 does not divide groups of 32.*divides 32"):
+    with pytest.raises(SpecError, match=r"block_k=64 does not divide groups of 32.*divides 32"):
         WeightFormat("int4", 4, 128, 64, 32)
 
 
