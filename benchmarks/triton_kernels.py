@@ -171,7 +171,9 @@ def times(peaks: Peaks) -> list[dict[str, object]]:
                 found[name] = (microseconds(lambda op=op, a=arguments: op(*a)), moved, bits)  # type: ignore[misc]
             found |= _peers(x, dense)
             for name, (took, moved, bits) in found.items():
-                least = max(moved / peaks.bandwidth / 1e6, 2 * m * n * k / (peaks.half if bits > 8 else peaks.eight) / 1e6)
+                least = max(
+                    moved / peaks.bandwidth / 1e6, 2 * m * n * k / (peaks.half if bits > 8 else peaks.eight) / 1e6
+                )
                 rows.append(
                     {
                         **{"shape": f"{k} → {n}", "rows": m, "weights, activations": name, "µs": f"{took:.1f}"},
