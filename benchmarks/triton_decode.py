@@ -1,7 +1,7 @@
 """Decoding with a bundle of an 8B Llama shape at batch 1: tokens a second, beside what the bytes of its weights allow.
 
-    python benchmarks/triton_decode.py --write                 a GPU; four layers, and the time of 32 by their difference
-    python benchmarks/triton_decode.py --write --layers 32     all of them
+    python benchmarks/triton_decode.py --write                 a GPU; four layers, and the time of 32 by their
+    difference python benchmarks/triton_decode.py --write --layers 32     all of them
 
 Weights are zeros on disk (they cost none): only their shapes matter for time. Without a GPU it says so and stops.
 """

@@ -2,7 +2,8 @@
 without one, what each configuration uses of every GPU it is compiled for.
 
     python benchmarks/triton_kernels.py --write                            with a GPU: some five minutes
-    python benchmarks/triton_kernels.py --write --gpu sm_90,gfx942         without one: compiles for these (default: six)
+    python benchmarks/triton_kernels.py --write --gpu sm_90,gfx942         without one: compiles for these (default:
+    six)
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from torch import Tensor
 from qcompile.backends.triton.aot import compile_variant
 from qcompile.backends.triton.enumerate_launches import planned
 from qcompile.backends.triton.formats import WeightFormat, format_of
-from qcompile.backends.triton.ops import attention, experts, hadamard, quantize_rows, quantized_linear, scaled_linear
-from qcompile.backends.triton.ops import weight_only
+from qcompile.backends.triton.ops import (
+    attention,
+    experts,
+    hadamard,
+    quantize_rows,
+    quantized_linear,
+    scaled_linear,
+    weight_only,
+)
 from qcompile.backends.triton.targets import DEFAULT, occupancy, parse_gpus
 from qcompile.errors import LoweringError
 from qcompile.numerics import QuantSpec
@@ -231,9 +239,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         names = sys.argv[sys.argv.index("--gpu") + 1] if "--gpu" in sys.argv else DEFAULT
         note = (
-            "Registers a thread, shared memory of a program, estimated share of a multiprocessor's threads (compute unit's "
-            "for AMD); – where a configuration needs more shared memory than a program gets, and is left out of bundles. "
-            "4096 × 4096 weights, bf16. No GPU was at hand: nothing here is a time."
+            "Registers a thread, shared memory of a program, estimated share of a multiprocessor's threads (a compute "
+            "unit's for AMD); – where a configuration needs more shared memory than a program gets, and is left out of "
+            "bundles. 4096 × 4096 weights, bf16. No GPU was at hand: nothing here is a time."
         )
         publish("triton_kernels", "Triton kernels: what they use", resources(names), note)
         return

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from qcompile.backends.triton.launch import Plan, dispatcher
+from qcompile.backends.triton.launch import Launch, Plan, dispatcher
 from qcompile.errors import LoweringError
 
 NAMESPACE = "qcompile_triton"
+LARGEST = 2**31 - 1
+"""Elements of a tensor that kernels, which count with 32 bits, can reach."""
 PLANS: dict[Any, Plan] = {}
 """Operator → its plan: what lowering asks which kernels a graph needs, with tensors that have no storage."""
 
@@ -47,5 +49,17 @@ def run(plan: Plan, reference: Callable[..., Any], *arguments: Any) -> Any:
     result, launches = plan(*arguments)
     if not launches and any(not isinstance(size, int) for size in tensor.shape):
         raise LoweringError("kernels cannot be traced for sizes that vary; compile with dynamic=False")
+    for launch in launches:
+        check_sizes(launch)
     dispatcher().launch(launches)
     return result
+
+
+def check_sizes(launch: Launch) -> None:
+    """Raise LoweringError for a tensor with more elements than 32 bits count: kernels would read elsewhere."""
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor) and value.numel() > LARGEST:
+            raise LoweringError(
+                f"{launch.kernel}: {name} has {value.numel()} elements, kernels count to {LARGEST}; use a smaller "
+                "batch or a shorter prompt"
+            )

@@ -13,7 +13,8 @@ from qcompile.backends.triton.bundle import ArgumentEntry, BinaryEntry, Bundle, 
 from qcompile.backends.triton.driver import CUDA, HIP, Driver
 from qcompile.backends.triton.launch import Config, JustInTime, Launch, Variant
 from qcompile.backends.triton.launcher import BundleDispatcher, pack_arguments
-from qcompile.errors import ArtifactError
+from qcompile.backends.triton.ops.registration import check_sizes
+from qcompile.errors import ArtifactError, LoweringError
 
 
 class FakeLibrary:
@@ -150,6 +151,13 @@ def test_integers_that_do_not_fit() -> None:
     variant = Variant("family.kernel", (("M", "i32", False),), (), 4, 3)
     with pytest.raises(ArtifactError, match="M=3000000000 does not fit 32 bits"):
         pack_arguments({"M": 3_000_000_000}, variant, 0)
+
+
+def test_tensors_that_are_too_large_are_refused() -> None:
+    large = torch.empty(1 << 16, 1 << 15, device="meta")
+    launch = Launch("family.kernel", {"x": large}, {}, (1, 1, 1), Config(1, 1))
+    with pytest.raises(LoweringError, match="x has 2147483648 elements, kernels count to 2147483647"):
+        check_sizes(launch)
 
 
 def test_amd_is_called_by_its_names(tmp_path: Path) -> None:
