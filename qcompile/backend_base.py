@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -57,6 +57,15 @@ class Runner(Protocol):
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by name; inputs by name, as the Program calls them."""
+        ...
+
+
+@runtime_checkable
+class StepRunner(Protocol):
+    """A runner with a way of its own to go on step by step."""
+
+    def stepper(self, room: int) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """A stepper (see `qcompile.generate`) for one generation of at most `room` tokens, prompt included."""
         ...
 
 

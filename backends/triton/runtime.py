@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx
@@ -21,11 +20,15 @@ from qcompile.backends.triton.bundle import Bundle, read_graph
 from qcompile.backends.triton.driver import CUDA, HIP, Driver
 from qcompile.backends.triton.launch import JustInTime, dispatching
 from qcompile.backends.triton.launcher import BundleDispatcher, best_target, load_sources
+from qcompile.backends.triton.ops.weight_only import holding
 from qcompile.errors import ArtifactError, QCompileError
 from qcompile.generate import CACHED_BELOW, generate
 from qcompile.ir.program import Program
 from qcompile.ir.run import fill_inputs, run, signature
 from qcompile.ir.weights import MemorySource, ShardSource, WeightStore
+
+if TYPE_CHECKING:
+    from qcompile.backends.triton.session import Session
 
 Executor: TypeAlias = Literal["auto", "cpu", "jit", "binary"]
 
@@ -57,6 +60,8 @@ class TritonRunner:
         self.dispatcher = None if self.device.type == "cpu" else gpu_dispatcher(self.directory, self.bundle, executor)
         self.program = Program.parse(text, weight_store(self.directory, self.bundle, self.device))
         _move_devices(self.program, self.device)
+        small = sum(self.program.weights.nbytes(key) for key in self.program.weights) <= CACHED_BELOW // 8
+        self._held: dict[object, Tensor] | None = {} if small else None  # values of weights, on a CPU
         self.inputs = signature(self.program)
         self.outputs = list(self.program.output_names)
 
@@ -80,7 +85,7 @@ class TritonRunner:
     def run_there(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `run`, with inputs and outputs on `device`."""
         try:
-            with nullcontext() if self.dispatcher is None else dispatching(self.dispatcher):
+            with holding(self._held) if self.dispatcher is None else dispatching(self.dispatcher):
                 return run(self.program, feeds)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". GPU")[0]
@@ -102,10 +107,14 @@ class TritonRunner:
 
         Each step is a CUDA graph on a GPU (see `session`).
         """
+        step = self.stepper(input_ids.shape[1] + max_new_tokens)
+        return generate(step, input_ids, max_new_tokens, eos_token_id=eos_token_id)
+
+    def stepper(self, room: int) -> Session:
+        """Steps of one generation of at most `room` tokens."""
         from qcompile.backends.triton.session import Session
 
-        step = Session(self, room=input_ids.shape[1] + max_new_tokens)
-        return generate(step, input_ids, max_new_tokens, eos_token_id=eos_token_id)
+        return Session(self, room)
 
 
 def gpu_dispatcher(directory: Path, bundle: Bundle, executor: Executor = "auto") -> BundleDispatcher:

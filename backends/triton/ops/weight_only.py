@@ -12,7 +12,9 @@ the tensor's global scale; table float32 [2^bits], the values of codes that no s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -183,6 +185,19 @@ def decoding(form: WeightFormat) -> dict[str, Constant]:
     }
 
 
+_HELD: ContextVar[dict[object, Tensor] | None] = ContextVar("qcompile_triton_held", default=None)
+
+
+@contextmanager
+def holding(values: dict[object, Tensor] | None) -> Iterator[None]:
+    """Keep the values of weights in `values` and take them from there; the packed tensors must outlive it."""
+    token = _HELD.set(values)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
 def dequantize(
     planes: Sequence[Tensor],
     scale: Tensor,
@@ -192,6 +207,23 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, K] in float32 arithmetic, rounded once to `dtype`: what kernels are compared with."""
+    held = _HELD.get()
+    if held is None:
+        return _dequantize(planes, scale, zero, factor, format, dtype)
+    key = (planes[0].data_ptr(), format, dtype)
+    if key not in held:
+        held[key] = _dequantize(planes, scale, zero, factor, format, dtype)
+    return held[key]
+
+
+def _dequantize(
+    planes: Sequence[Tensor],
+    scale: Tensor,
+    zero: Tensor | None,
+    factor: Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> Tensor:
     form = WeightFormat.parse(format)
     values = form.numbers(planes)
     spread = max(1, values.shape[0] // scale.shape[1]), form.k // scale.shape[0]
