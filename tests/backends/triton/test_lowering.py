@@ -55,6 +55,23 @@ def test_products_that_read_one_value_become_one() -> None:
     assert calls(apart) == ["weight_only"] * 4
 
 
+def test_products_of_other_formats_stay_apart() -> None:
+    recipe = {
+        "weights": "int4 group=32",
+        "passes": ["raise-norms"],
+        "rules": [{"match": "k", "weights": "int8 group=32"}],
+    }
+    model = qcompile.compile(Program.parse(BLOCK), recipe)
+    made = rewrite(model.program)
+    assert [(w.name, w.start, w.columns) for w in made.packed] == [
+        ("q", 0, 96),
+        ("v", 64, 96),
+        ("k", 0, 32),
+        ("o", 0, 64),
+    ]
+    assert agree(model.program, made, (2, 3, 64)) == 0
+
+
 @pytest.mark.parametrize("activations", ["null", "int8 sym token dynamic"])
 def test_a_product_that_reads_a_product(activations: str) -> None:
     text = """\
