@@ -16,7 +16,7 @@ from torch import Tensor
 
 import qcompile
 from qcompile.atomic import check_target, staged_directory
-from qcompile.backend_base import Backend, LoweredFiles, Runner, make_backend, refuse
+from qcompile.backend_base import Backend, LoweredFiles, Runner, StepRunner, make_backend, refuse
 from qcompile.errors import ArtifactError
 from qcompile.ir.program import Program
 from qcompile.ir.run import InputType, fill_inputs, signature
@@ -103,8 +103,9 @@ class Artifact:
         def step(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return self.run_named({name: tensor for name, tensor in feeds.items() if name in self.manifest.inputs})
 
+        stepping = self.runner if isinstance(self.runner, StepRunner) else None
         return generate(
-            step,
+            step if stepping is None else stepping.stepper(input_ids.shape[1] + max_new_tokens),
             input_ids,
             max_new_tokens,
             temperature=temperature,
@@ -137,6 +138,7 @@ def export_program(
     """
     directory = Path(directory).absolute()
     check_target(directory)
+    backend.require()
     refuse(backend, backend.obstacles(program))
     with staged_directory(directory) as staged:
         lowered = backend.lower(program, staged)

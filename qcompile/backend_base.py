@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -61,12 +61,24 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class StepRunner(Protocol):
+    """A runner with a way of its own to go on step by step."""
+
+    def stepper(self, room: int) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """A stepper (see `qcompile.generate`) for one generation of at most `room` tokens, prompt included."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend(ABC):
     """A target. Its fields are its options."""
 
     name: ClassVar[str]
     runtime: ClassVar[str]  # what an artifact runs in, for people
+
+    def require(self) -> None:  # noqa: B027  most targets need nothing more than qcompile does
+        """Raise LoweringError, with what to install, where something that lowering needs is missing."""
 
     @abstractmethod
     def obstacles(self, program: Program) -> list[Obstacle]:
@@ -87,6 +99,13 @@ class Backend(ABC):
     @abstractmethod
     def stored_codes(self, directory: Path) -> Iterator[tuple[str, Tensor]]:
         """The codes as they lie in the artifact, unpacked: (weight name, integer tensor in the Program's layout)."""
+
+    def tune(self, directory: Path) -> list[str]:
+        """Measure an artifact's choices on this machine and write the best back into it; what was chosen, a line each.
+
+        Raises LoweringError for a target that leaves nothing to choose.
+        """
+        raise LoweringError(f"{self.name} artifacts have nothing to tune")
 
     def first_difference(self, program: Program, directory: Path, feeds: Mapping[str, Tensor], tolerance: float) -> str:
         """Name the first tensor of `program` that the runtime computes otherwise; "unknown" where it can't be told."""

@@ -1,1 +1,7 @@
-"""triton: how quantized weights lie in memory for kernels that unpack them tile by tile. No target of its own yet."""
+"""triton: executables with packed weights whose products are Triton kernels (see README.md); aoti: the same for
+CPUs."""
+
+from qcompile.backends.triton.aoti import AotiBackend
+from qcompile.backends.triton.backend import TritonBackend
+
+__all__ = ["AotiBackend", "TritonBackend"]

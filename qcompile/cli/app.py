@@ -74,6 +74,10 @@ def export(
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the target: opset=23.")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="GPUs that the triton target compiles for: sm_90,gfx942; none."),
+    ] = None,
     data: Data = None,
     resume: Resume = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity and KL before and after.")] = True,
@@ -86,7 +90,7 @@ def export(
     """
     from qcompile.cli.export import run
 
-    run(model, target, recipe, out, settings or [], option or [], data, resume, evaluate, json)
+    run(model, target, recipe, out, settings or [], option or [], gpu, data, resume, evaluate, json)
 
 
 @app.command(name="eval")
@@ -304,6 +308,18 @@ def run_command(
     from qcompile.cli.generate import run
 
     run(artifact, prompt, max_new_tokens, temperature, seed, json)
+
+
+@app.command()
+def tune(
+    directory: Annotated[Path, typer.Argument(help="An artifact of the triton target.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure an artifact's kernels on this machine's GPU and write the best choices back."""
+    from qcompile.cli.tune import run
+
+    run(directory, json)
 
 
 @app.command()

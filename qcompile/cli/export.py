@@ -31,6 +31,7 @@ def run(
     out: Path | None,
     settings: list[str],
     options: list[str],
+    gpu: str | None,
     data: str | None,
     resume: Path | None,
     measure: bool,
@@ -39,7 +40,9 @@ def run(
     path = model_path(model)
     chosen = Recipe.load(recipe).override(settings)
     target, made = target or chosen.target or DEFAULT_TARGET, parse_options(options)
-    make_backend(target, made)  # bad options are said before any work is done
+    if gpu is not None:
+        made["gpu"] = gpu
+    make_backend(target, made).require()  # bad options and missing packages are said before any work is done
     out = out or Path("qcompile-out") / f"{Path(path).name}-{Path(recipe).stem}-{target}"
     if not first_process():  # under torchrun: it calibrates with the first one, which does the rest
         compile_model(path, chosen, data, resume=resume)

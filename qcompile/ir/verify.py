@@ -147,13 +147,21 @@ def _getitem(program: Program) -> Iterator[str]:
 
 @rule(
     "codes-decoded",
-    "what quantize makes is read by dequantize, or moved or packed by shape and bit operators, never computed with",
+    "what quantize makes is read by dequantize or a target's own operators, or moved or packed by shape and bit "
+    "operators, never computed with",
 )
 def _codes_decoded(program: Program) -> Iterator[str]:
     for node in program.calls(torch.ops.qcompile.quantize.default):
         for user in _through_moves(node):
-            if user.op != "output" and user.target is not torch.ops.qcompile.dequantize.default:
+            if user.op != "output" and not _takes_codes(user):
                 yield f"codes {node.name} are read by {user.name} ({user.target}), which is not dequantize"
+
+
+def _takes_codes(node: fx.Node) -> bool:
+    """dequantize, and operators that backends define: their namespaces are called ``qcompile_…``."""
+    return node.target is torch.ops.qcompile.dequantize.default or (
+        isinstance(node.target, OpOverload) and node.target.namespace.startswith("qcompile_")
+    )
 
 
 @rule("codes-made", "what dequantize reads is codes: from quantize, from a weight of integer type, or an input")

@@ -176,8 +176,9 @@ def test_shapes_fit_the_spec() -> None:
 
 
 def test_targets_say_why_not() -> None:
-    assert {"onnx_qcdq", "torch_mlir"} <= set(takers(QuantSpec.parse("int4 group=32")))
-    assert {"onnx_qcdq", "torch_mlir"} <= set(takers(QuantSpec.parse("int8 asym tensor static")))
+    assert {"aoti", "onnx_qcdq", "torch_mlir", "triton"} <= set(takers(QuantSpec.parse("int4 group=32")))
+    assert {"onnx_qcdq", "torch_mlir", "triton"} <= set(takers(QuantSpec.parse("int8 asym tensor static")))
+    assert "aoti" not in takers(QuantSpec.parse("int8 asym tensor static"))
     assert uses(QuantSpec.parse("e4m3fn no_scale")) == ("weight", "activation")
     (why,) = reasons(QuantSpec.parse("int4 group=32 double=8x256"), "weight")["onnx_qcdq"]
     assert "scales that are quantized themselves" in why

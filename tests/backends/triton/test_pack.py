@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecError, match="1 to 8 bits, not 9"):
         TileOrder(9, True, 32)
     order = TileOrder(4, True, 64)
-    with pytest.raises(SpecError, match="block_k=64 does not divide rows of 96 codes; use a divisor such as 32"):
+    with pytest.raises(SpecError, match=r"block_k=64 does not divide rows of 96 codes; use a divisor such as 32"):
         order.pack(every_code(4, True, (2, 96)))
     with pytest.raises(SpecError, match="signed codes are int8"):
         order.pack(every_code(4, False, (2, 64)))
