@@ -56,8 +56,8 @@ class _Cached(nn.Module):
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=_cache(layers),
             use_cache=True,
+            **{_cache_name(self.model): _cache(layers)},
             **positions,
         )
         held = [layer for layer, entry in zip(layers, self.entries, strict=True) if entry is not None]
@@ -93,6 +93,11 @@ class PositionlessDecoder(_Cached):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[KeyValue]) -> tuple[Tensor, list[KeyValue]]:
         return self.run(input_ids, attention_mask, past)
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """What a model calls its cache: ``cache`` since transformers 5.24, which warns at the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Headless(nn.Module):
@@ -226,7 +231,8 @@ def _cache_shapes(model: PreTrainedModel) -> list[tuple[Shape, Shape] | None]:
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
     try:
         with torch.no_grad():
-            cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        cache = getattr(out, _cache_name(model))
     except Exception as error:  # whatever the model's code raises
         raise CaptureError(f"it does not run with a cache ({type(error).__name__}: {one_line(error)})") from error
     cache = getattr(cache, "self_attention_cache", cache)

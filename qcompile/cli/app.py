@@ -78,6 +78,18 @@ def export(
         str | None,
         typer.Option(metavar="NAMES", help="GPUs that the triton target compiles for: sm_90,gfx942; none."),
     ] = None,
+    packing: Annotated[
+        str | None, typer.Option(metavar="HOW", help="How torch_mlir stores codes: packed, unpacked.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="HOW", help="Parts of a torch_mlir artifact: none, layers:N, tensor:N.")
+    ] = None,
+    dialect: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What torch_mlir writes: iree, brevitas (text alone).")
+    ] = None,
+    cpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="CPU that torch_mlir compiles for: host, x86-64-v3, …")
+    ] = None,
     data: Data = None,
     resume: Resume = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity and KL before and after.")] = True,
@@ -90,7 +102,8 @@ def export(
     """
     from qcompile.cli.export import run
 
-    run(model, target, recipe, out, settings or [], option or [], gpu, data, resume, evaluate, json)
+    named = {"gpu": gpu, "packing": packing, "shards": shards, "dialect": dialect, "cpu": cpu}
+    run(model, target, recipe, out, settings or [], option or [], named, data, resume, evaluate, json)
 
 
 @app.command(name="eval")

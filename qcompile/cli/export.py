@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def run(
     out: Path | None,
     settings: list[str],
     options: list[str],
-    gpu: str | None,
+    named: Mapping[str, str | None],
     data: str | None,
     resume: Path | None,
     measure: bool,
@@ -40,8 +41,7 @@ def run(
     path = model_path(model)
     chosen = Recipe.load(recipe).override(settings)
     target, made = target or chosen.target or DEFAULT_TARGET, parse_options(options)
-    if gpu is not None:
-        made["gpu"] = gpu
+    made |= {name: value for name, value in named.items() if value is not None}
     make_backend(target, made).require()  # bad options and missing packages are said before any work is done
     out = out or Path("qcompile-out") / f"{Path(path).name}-{Path(recipe).stem}-{target}"
     if not first_process():  # under torchrun: it calibrates with the first one, which does the rest

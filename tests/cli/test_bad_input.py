@@ -122,3 +122,9 @@ def program_file(tmp_path: Path) -> Path:
     path = tmp_path / "program.qir"
     path.write_text("def main(x: f32[2, 8], *, w: f32[4, 8]):\n    y = aten.linear.default(x, w)\n    return {'y': y}")
     return path
+
+
+def test_an_option_that_another_target_has(cli: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("export", "zoo:opt", "--target", "onnx_qcdq", "--packing", "unpacked", "-o", out)
+    refused(cli, *arguments, says="'packing'", out=out)
