@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -241,7 +242,8 @@ def main() -> None:
         note = (
             "Registers a thread, shared memory of a program, estimated share of a multiprocessor's threads (a compute "
             "unit's for AMD); – where a configuration needs more shared memory than a program gets, and is left out of "
-            "bundles. 4096 × 4096 weights, bf16. No GPU was at hand: nothing here is a time."
+            "bundles. 4096 × 4096 weights, bf16. No GPU was at hand: nothing here is a time. "
+            f"Compiled with triton {version('triton')}."
         )
         publish("triton_kernels", "Triton kernels: what they use", resources(names), note)
         return
@@ -251,7 +253,7 @@ def main() -> None:
         raise SystemExit(f"{name} is not in PEAKS: add its bandwidth and teraflops")
     from common import table
 
-    note = f"{name}; triton {__import__('triton').__version__}.\n\n{table(memory(known[0]))}"
+    note = f"{name}; triton {version('triton')}.\n\n{table(memory(known[0]))}"
     publish("triton_kernels", "Triton kernels beside the roofline", times(known[0]), note)
 
 

@@ -37,16 +37,13 @@ def write_binaries(needed: Needed, gpus: Sequence[GPU], directory: Path) -> dict
 def compiled_sites(
     needed: Needed, entries: dict[str, KernelEntry], gpus: Sequence[GPU]
 ) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Site → GPU → labels of the configurations all of whose kernels have a binary."""
-    return {
-        site: {
-            gpu.name: tuple(
-                label for label, keys in labels.items() if all(gpu.name in entries[key].binaries for key in keys)
-            )
-            for gpu in gpus
-        }
-        for site, labels in needed.sites.items()
-    }
+    """Site → GPU → labels of the configurations all of whose kernels have a binary, those that spill registers last."""
+
+    def fit(gpu: GPU, labels: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        whole = [label for label, keys in labels.items() if all(gpu.name in entries[k].binaries for k in keys)]
+        return tuple(sorted(whole, key=lambda label: any(entries[k].binaries[gpu.name].spilled for k in labels[label])))
+
+    return {site: {gpu.name: fit(gpu, labels) for gpu in gpus} for site, labels in needed.sites.items()}
 
 
 def folder_of(variant: Variant) -> str:

@@ -48,7 +48,7 @@ class BundleDispatcher:
         if (label := self._chosen.get(site)) in by_label:
             return by_label[str(label)]
         compiled = self.bundle.sites.get(site, {}).get(self.gpu or "", ())
-        return next((by_label[label] for label in by_label if label in compiled), candidates[0])
+        return next((by_label[label] for label in compiled if label in by_label), candidates[0])
 
     def launch(self, launches: Sequence[Launch]) -> None:
         for launch in launches:

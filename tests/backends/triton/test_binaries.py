@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.triton.aot import compile_variant, parameters
-from qcompile.backends.triton.binaries import folder_of, write_binaries
+from qcompile.backends.triton.binaries import compiled_sites, folder_of, write_binaries
 from qcompile.backends.triton.bundle import KernelEntry
 from qcompile.backends.triton.enumerate_launches import Needed
 from qcompile.backends.triton.launch import Config, Launch
@@ -143,6 +143,16 @@ def test_what_lies_in_the_files(every: dict[str, Launch], tmp_path: Path) -> Non
     again = KernelEntry.model_validate_json(entry.model_dump_json())
     assert again.variant() == variant
     assert again.binaries["sm_90"].symbol == "reduce"
+
+
+def test_configurations_that_spill_are_chosen_last(every: dict[str, Launch], tmp_path: Path) -> None:
+    variant = every["weight_only.reduce"].variant
+    wanted = Needed({variant.key: (variant, "m1")}, {"place": {"first": (variant.key,), "second": ("other",)}})
+    gpus = parse_gpus("sm_90")
+    entry = write_binaries(Needed(wanted.variants, {}), gpus, tmp_path)[variant.key]
+    spilling = {"sm_90": entry.binaries["sm_90"].model_copy(update={"spilled": 8})}
+    entries = {variant.key: entry.model_copy(update={"binaries": spilling}), "other": entry}
+    assert compiled_sites(wanted, entries, gpus) == {"place": {"sm_90": ("second", "first")}}
 
 
 def test_a_configuration_that_is_too_large_is_left_out_with_a_reason(every: dict[str, Launch]) -> None:
