@@ -10,6 +10,7 @@ from onnx_programs import Layer, declare, decoder, error, products, prompt, quan
 
 from qcompile.backends.onnx_qcdq import ops
 from qcompile.backends.onnx_qcdq.prelower import prelower
+from qcompile.ir import gathered
 from qcompile.ir.program import Program
 from qcompile.numerics.spec import QuantSpec
 
@@ -87,7 +88,9 @@ def test_the_program_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
-def test_decoders(name: str) -> None:
+def test_decoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Experts are summed in one order on both sides: in another, a value between two codes may be rounded the other way.
+    monkeypatch.setattr(gathered, "_pays", lambda *_: False)
     program = quantized(decoder(name), "int4 sym group=32", "int8 sym token dynamic")
     rewritten = prelower(program)
     rewritten.program.verify()
