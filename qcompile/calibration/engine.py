@@ -126,7 +126,10 @@ class Engine:
         for index, stage in enumerate(track(stages, "calibrating", len(stages), quiet, weights)):
             if index < done:
                 continue
-            kept.append(self._settle(stage))
+            if checkpoint is None:
+                self._settle(stage)  # what was found is in the program, and let go
+            else:
+                kept.append(self._settle(stage))
             give_back()
             last = index + 1 == len(stages)
             if not last:

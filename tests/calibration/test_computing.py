@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from calibration import tiny
@@ -55,6 +58,25 @@ def test_a_weight_that_later_stages_read_too_is_told() -> None:
     reports = run_passes(program, f"{MARK}, gptq", tiny.tokens())
     line = "w: 1 of the 2 products that read it come in later stages; it is rounded by what the others read"
     assert line in reports[-1].notes
+
+
+def test_what_was_found_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are in the program; a second copy of all of them would grow with every layer."""
+    found: list[weakref.ref[Any]] = []
+    settle = engine.Engine._settle
+
+    class Held(list[Any]):
+        """A list that can be watched."""
+
+    def watched(self: engine.Engine, stage: Any) -> Any:
+        assert all(held() is None for held in found)
+        held = Held(settle(self, stage))
+        found.append(weakref.ref(held))
+        return held
+
+    monkeypatch.setattr(engine.Engine, "_settle", watched)
+    rounded("f64", Settings())
+    assert len(found) > 4
 
 
 def test_batches_are_run_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
