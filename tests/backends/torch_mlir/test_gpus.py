@@ -22,7 +22,7 @@ def test_names() -> None:
     )
     assert "--iree-hal-target-device=__device_1=hip[1]" in GPU("rocm", "gfx942").flags(2)
     with pytest.raises(
-        RecipeError, match=r"also='cuda:sm80' is unknown; did you mean 'cuda:sm_80'.*; known: cuda, .*vulkan:"
+        RecipeError, match=r"also='cuda:sm80' is unknown .did you mean 'cuda:sm_80'.*; known: cuda, .*vulkan:"
     ):
         TorchMlirBackend(also="cuda:sm80")
     with pytest.raises(RecipeError, match="two chips of cuda, whose file is one"):
