@@ -1,8 +1,10 @@
 """Embedded models and tiny ones of four families through both packings and both kinds of shards, in iree-runtime.
 
-python benchmarks/torch_mlir_matrix.py [--models llama,opt] [--model DIRECTORY] [--write]
+python benchmarks/torch_mlir_matrix.py [--models llama,opt] [--model DIRECTORY]
+    [--cases unpacked/layers:2] [--write]
 
 Each artifact is compared with its Program at lengths 1, 2, 7 and 64 and on 32 greedy tokens. About a minute a row.
+With `--cases`, rows of other cases and models that the table in results/ has are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import publish
+from common import RESULTS, publish
 
 import qcompile
 from qcompile.artifact import export_program
@@ -30,6 +32,7 @@ CASES = (
     ("packed", "layers:2"),
     ("packed", "tensor:2"),
     ("unpacked", "none"),
+    ("unpacked", "layers:2"),
     ("unpacked", "tensor:2"),
 )
 RECIPE = {"weights": "int4 sym group=32"}
@@ -97,20 +100,40 @@ def measure(name: str, program: Any, packing: Any, shards: str, folder: Path) ->
     }
 
 
+def kept_rows() -> list[dict[str, object]]:
+    """Rows of the table in results/; none where there is no table."""
+    file = RESULTS / "torch_mlir_matrix.md"
+    lines = [line for line in file.read_text().splitlines() if line.startswith("| ")] if file.exists() else []
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+
+def merged(old: list[dict[str, object]], new: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Both, new rows in place of old ones, models in the order they came in, cases in that of CASES."""
+    rows = {(r["model"], r["packing"], r["shards"]): r for r in [*old, *new]}
+    names = list(dict.fromkeys(model for model, *_ in rows))
+    return [rows[key] for name in names for case in CASES if (key := (name, *case)) in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default=",".join([*NAMES, *families()]))
     parser.add_argument("--model", type=Path, action="append", default=[])
+    parser.add_argument("--cases", help="PACKING/SHARDS, separated by commas; all without it")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    rows = []
+    cases = CASES if options.cases is None else [tuple(c.split("/")) for c in options.cases.split(",")]
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"no case {unknown}; cases are {', '.join('/'.join(c) for c in CASES)}")
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, source in models([n for n in options.models.split(",") if n], options.model):
             program = qcompile.compile(qcompile.capture(source, dtype="float32"), RECIPE).program
-            for packing, shards in CASES:
+            for packing, shards in cases:
                 rows.append(measure(name, program, packing, shards, Path(folder)))
                 print(rows[-1], flush=True)
     notes = f"Weights {RECIPE['weights']}, head and activations float; max |Δlogit| / max |logit| against the Program."
+    rows = merged(kept_rows(), rows) if options.cases is not None else rows
     publish("torch_mlir_matrix", "Models, packings and shards in iree-runtime", rows, notes)
 
 

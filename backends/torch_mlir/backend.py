@@ -31,6 +31,7 @@ class TorchMlirBackend(Backend):
     - `opt_level`: of iree-compile, ``O0`` to ``O3``.
     - `data_tiling`: lay operands of products out in tiles; a module that fails with it is compiled again without.
     - `flags`: more flags for iree-compile.
+    - `also`: GPUs to compile for beside the CPU, separated by commas (see `gpus`): compiled, not run.
     """
 
     packing: Packing = "packed"
@@ -40,11 +41,13 @@ class TorchMlirBackend(Backend):
     opt_level: str = "O3"
     data_tiling: bool = True
     flags: tuple[str, ...] = ()
+    also: str = "none"
 
     name: ClassVar[str] = "torch_mlir"
     runtime: ClassVar[str] = "iree-runtime"
 
     def __post_init__(self) -> None:
+        from qcompile.backends.torch_mlir.gpus import parse_gpus
         from qcompile.backends.torch_mlir.shards import Shards
 
         if self.packing not in ("packed", "unpacked"):
@@ -53,6 +56,8 @@ class TorchMlirBackend(Backend):
             raise RecipeError(f"torch_mlir has no dialect={self.dialect!r}; use dialect=iree or dialect=brevitas")
         if self.dialect == "brevitas" and self.shards != "none":
             raise RecipeError(f"dialect=brevitas is one function, not shards={self.shards}; use shards=none")
+        if parse_gpus(self.also) and self.dialect == "brevitas":
+            raise RecipeError(f"dialect=brevitas is compiled for nothing, not for also={self.also}; use dialect=iree")
         if self.opt_level not in ("O0", "O1", "O2", "O3"):
             raise RecipeError(f"opt_level={self.opt_level!r} is none of iree-compile's; use O0, O1, O2 or O3")
         Shards.parse(self.shards)

@@ -13,7 +13,7 @@ from torch import fx
 
 from qcompile.backend_base import LoweredFiles, StoredTensor, refuse
 from qcompile.backends.onnx_qcdq.rewriting import base_key
-from qcompile.backends.torch_mlir import toolchain
+from qcompile.backends.torch_mlir import gpus, toolchain
 from qcompile.backends.torch_mlir.brevitas import OFFSET, OPERATOR, to_brevitas
 from qcompile.backends.torch_mlir.emit import Entry, Naming, emit_module, emit_torch
 from qcompile.backends.torch_mlir.kernels import CONTAINER
@@ -47,6 +47,7 @@ class _State:
     texts: dict[str, Module]  # text without locations → the module that was compiled from it
     compiles: bool
     notes: list[str] = field(default_factory=list)
+    built: list[gpus.Built] = field(default_factory=list)  # for other targets than the CPU
     products: int = 0
     integer: int = 0
 
@@ -75,6 +76,7 @@ def lower(backend: TorchMlirBackend, program: Program, directory: Path) -> Lower
         "modules": len(state.modules),
         "compiled": len({m.vmfb for m in state.modules if m.vmfb}),
         "attempts": [attempt.entry() for attempt in state.attempts],
+        "also": [built.entry() for built in state.built],
     }
     versions = toolchain.versions()
     return LoweredFiles(state.modules[0].mlir, tensors, tuple(_notes(state, reason)), versions, build)
@@ -88,6 +90,7 @@ def _notes(state: _State, reason: str | None) -> Iterator[str]:
     for attempt in state.attempts:
         if attempt.error is not None:
             yield f"compiled again with other flags (see build): {attempt.module}: {attempt.error}"
+    yield from gpus.notes(state.built)
 
 
 def entries_of(program: Program) -> list[Entry]:
@@ -182,6 +185,8 @@ def _compile(state: _State, name: str, devices: int) -> str:
         directory / f"{name}.mlir", directory / out, flags, backend.opt_level, backend.data_tiling
     )
     toolchain.write_bytecode(directory / f"{name}.mlir", directory / f"{name}.mlirbc")
+    others = gpus.parse_gpus(backend.also)
+    state.built += gpus.build(others, directory / f"{name}.mlir", devices, backend.opt_level, backend.flags)
     return out
 
 

@@ -112,7 +112,7 @@ def compile_module(mlir: Path, out: Path, flags: Sequence[str], level: str, data
     for tiling in (True, False) if data_tiling else (False,):
         for less in ([], [NO_FUSION]):
             tried = [*flags, f"--iree-opt-level={level}", f"--iree-opt-data-tiling={str(tiling).lower()}", *less]
-            attempts.append(_attempt(mlir, out, tried))
+            attempts.append(attempt(mlir, out, tried))
             error = attempts[-1].error
             if error is None:
                 return attempts
@@ -124,7 +124,8 @@ def compile_module(mlir: Path, out: Path, flags: Sequence[str], level: str, data
     raise LoweringError(f"iree-compile {versions()['iree-base-compiler']} refuses {mlir.name}: {attempts[-1].error}")
 
 
-def _attempt(mlir: Path, out: Path, flags: list[str]) -> Attempt:
+def attempt(mlir: Path, out: Path, flags: list[str]) -> Attempt:
+    """Compile a file of MLIR to `out` with these flags."""
     import time
 
     from iree.compiler import CompilerToolError, compile_file

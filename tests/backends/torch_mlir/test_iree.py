@@ -160,7 +160,7 @@ def test_a_failure_with_data_tiling_is_tried_again_without(
         out.write_bytes(b"")
         return toolchain.Attempt(mlir.name, tuple(flags), 0.1, "stack" if fails else None)
 
-    monkeypatch.setattr(toolchain, "_attempt", attempt)
+    monkeypatch.setattr(toolchain, "attempt", attempt)
     files = TorchMlirBackend().lower(products({"a": (None, None)}), tmp_path)
     assert [a.get("error") for a in files.build["attempts"]] == ["stack", "stack", None]
     assert "compiled again with other flags (see build): model.mlir: stack" in files.notes
