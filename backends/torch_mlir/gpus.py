@@ -20,7 +20,7 @@ ARCHES = {
     "rocm": ("gfx942", "gfx90a", "gfx950", "gfx1100", "gfx1201"),
     "vulkan": ("rdna3", "rdna4", "ampere", "turing", "adreno", "valhall4"),
 }
-"""Families and their chips, the default first. sm_90 is refused by iree-compile 3.13; PTX is forward compatible: sm_80's runs there."""
+"""Families and their chips, the default first. iree-compile 3.13 refuses sm_90; PTX made for sm_80 is forward compatible."""
 
 _DEVICES = {"cuda": "cuda", "rocm": "hip", "vulkan": "vulkan"}
 

@@ -90,6 +90,9 @@ def export(
     cpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="CPU that torch_mlir compiles for: host, x86-64-v3, …")
     ] = None,
+    also: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="GPUs that torch_mlir compiles for as well: cuda:sm_80,rocm.")
+    ] = None,
     data: Data = None,
     resume: Resume = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity and KL before and after.")] = True,
@@ -102,7 +105,7 @@ def export(
     """
     from qcompile.cli.export import run
 
-    named = {"gpu": gpu, "packing": packing, "shards": shards, "dialect": dialect, "cpu": cpu}
+    named = {"gpu": gpu, "packing": packing, "shards": shards, "dialect": dialect, "cpu": cpu, "also": also}
     run(model, target, recipe, out, settings or [], option or [], named, data, resume, evaluate, json)
 
 
