@@ -20,7 +20,7 @@ ARCHES = {
     "rocm": ("gfx942", "gfx90a", "gfx950", "gfx1100", "gfx1201"),
     "vulkan": ("rdna3", "rdna4", "ampere", "turing", "adreno", "valhall4"),
 }
-"""Families and their chips, the default first. iree-compile 3.13 refuses sm_90; PTX made for sm_80 is forward compatible."""
+"""Families and their chips, the default first. iree-compile 3.13 refuses sm_90; PTX for sm_80 is forward compatible."""
 
 _DEVICES = {"cuda": "cuda", "rocm": "hip", "vulkan": "vulkan"}
 
