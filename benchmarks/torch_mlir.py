@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +165,7 @@ def made(checkpoint: Path, layers: int, small: bool = False) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/qcompile-bench-mlir"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qcompile-mlir")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--depth", action="store_true", help="also compile 4 and 32 layers of a narrow shape")
     options = parser.parse_args()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +13,7 @@ from qcompile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+M = TypeVar("M", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -112,19 +113,7 @@ class Manifest(_Strict):
             raise ArtifactError(
                 f"{directory} has no {MANIFEST}: it is no qcompile artifact; give the exported directory"
             )
-        try:
-            data = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ArtifactError(f"{path} is not JSON ({error}); export the artifact again") from None
-        version = data.get("format") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > FORMAT:
-            raise ArtifactError(f"{path} has format {version}, this qcompile reads up to {FORMAT}; upgrade qcompile")
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path}: {where}: {first['msg']}; export the artifact again") from None
+        return read_versioned(path, cls, FORMAT)
 
     def check_files(self, directory: str | Path) -> None:
         """Raise ArtifactError naming the first file that is missing, truncated or changed."""
@@ -136,6 +125,23 @@ class Manifest(_Strict):
                 raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry.bytes}; export it again")
             if file_hash(path) != entry.sha256:
                 raise ArtifactError(f"{path} was changed after it was written (its hash differs); export it again")
+
+
+def read_versioned(path: Path, model: type[M], newest: int) -> M:
+    """Read a JSON file that says its `format`; ArtifactError where it is damaged or above the `newest` known."""
+    try:
+        data: Any = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); export the artifact again") from None
+    version = data.get("format") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise ArtifactError(f"{path} has format {version}, this qcompile reads up to {newest}; upgrade qcompile")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path}: {where}: {first['msg']}; export the artifact again") from None
 
 
 def describe_files(directory: Path) -> dict[str, FileEntry]:

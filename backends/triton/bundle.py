@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from qcompile.backends.triton.launch import Variant
 from qcompile.backends.triton.storing import PackedWeight
 from qcompile.errors import ArtifactError
+from qcompile.manifest import read_versioned
 
 BUNDLE, GRAPH, CHOICES, SOURCES = "bundle.json", "graph.qir", "choices.json", "kernels/sources"
 FORMAT = 1
@@ -129,19 +130,7 @@ def read_json(path: Path, model: type[M]) -> M:
     """Read a file of a bundle; ArtifactError where it is missing, of a newer format or damaged."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: give a directory exported with --target triton")
-    try:
-        data: Any = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); export the artifact again") from None
-    version = data.get("format") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise ArtifactError(f"{path} has format {version}, this qcompile reads up to {FORMAT}; upgrade qcompile")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path}: {where}: {first['msg']}; export the artifact again") from None
+    return read_versioned(path, model, FORMAT)
 
 
 def write_graph(text: str, directory: Path) -> None:
