@@ -181,7 +181,7 @@ def make_pass(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
 
 def make_dataclass(cls: type[Any], options: Mapping[str, Any], called: str) -> Any:
     """Build a dataclass from plain values. Raises RecipeError for an option it lacks or a value of the wrong type."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     names = [f.name for f in dataclasses.fields(cls)]
     for option in options:
@@ -189,11 +189,19 @@ def make_dataclass(cls: type[Any], options: Mapping[str, Any], called: str) -> A
             has = f"it has {', '.join(names)}" if names else "it has none"
             raise RecipeError(f"{called} has no option {option!r}{nearest(option, names)}; {has}")
     try:
-        return TypeAdapter(cls).validate_python(dict(options))
+        return _adapter(cls).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise RecipeError(f"{called}, option {where}: {first['msg']} (given {first['input']!r})") from None
+
+
+@functools.cache
+def _adapter(cls: type[Any]) -> Any:
+    """What checks the options of `cls`; made once, for that takes longer than all its checks."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
