@@ -228,3 +228,54 @@ def test_a_gain_that_another_norm_reads_as_well() -> None:
     )
     spaces = channel_spaces(program)
     assert "g" not in {p.node.name for s in spaces[Level.PERMUTATION] for p in s.placements}
+
+
+MERGED = {
+    "by elements": (
+        "g: f64[2, 3, 4]",
+        "v: f64[8, 6], o: f64[5, 8]",
+        """a = aten.linear.default(x, v)
+        halves = aten.view.default(a, [2, 3, 2, 4])
+        turned = aten.transpose.int(halves, 1, 2)
+        back = aten.transpose.int(turned, 1, 2)
+        b = aten.reshape.default(back, [2, 3, 8])
+        one = aten.unsqueeze.default(g, -1)
+        two = aten.expand.default(one, [-1, -1, -1, 2])
+        quarters = aten.reshape.default(two, [2, 3, 8])
+        c = aten.mul.Tensor(b, quarters)
+        y = aten.linear.default(c, o)""",
+    ),
+    "over tokens": (
+        "g: f64[2, 4, 3, 3]",
+        "v: f64[16, 6], o: f64[5, 16]",
+        """a = aten.linear.default(x, v)
+        heads = aten.view.default(a, [2, 3, 2, 4, 2])
+        turned = aten.permute.default(heads, [0, 2, 3, 1, 4])
+        b = aten.reshape.default(turned, [16, 3, 2])
+        one = aten.unsqueeze.default(g, 2)
+        two = aten.expand.default(one, [-1, -1, 2, -1, -1])
+        pairs = aten.reshape.default(two, [16, 3, 3])
+        c = aten.bmm.default(pairs, b)
+        d = aten.view.default(c, [2, 8, 3, 2])
+        e = aten.transpose.int(d, 1, 2)
+        f = aten.reshape.default(e, [2, 3, 16])
+        y = aten.linear.default(f, o)""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_factor_that_cuts_an_axis_elsewhere_parts_the_vectors(
+    case: str, feeds: Callable[..., dict[str, Tensor]]
+) -> None:
+    given, weights, body = MERGED[case]
+    program = parsed(f"x: f64[2, 3, 6], {given}", weights, body)
+    spaces = channel_spaces(program)
+    assert {space.width for space in spaces[Level.ORTHOGONAL]} <= {2}
+    inputs = feeds(program)
+    before = program.run(inputs)
+    edits = Edits(spaces, Report())
+    for space in spaces[Level.ORTHOGONAL]:
+        edits.rotate(space, RandomOrthogonal(space.width, 3))
+    edits.commit()
+    assert drift(program.run(inputs), before) <= 1e-13

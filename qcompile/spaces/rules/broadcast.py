@@ -35,7 +35,7 @@ def paired(a: Layout, b: Layout) -> Pair | None:
         if aligned is None:
             return None
         a, b = aligned
-    axes = tuple(y if _is_one(x) else x for x, y in zip(a.axes, b.axes, strict=True))
+    axes = tuple(y if is_one(x) else x for x, y in zip(a.axes, b.axes, strict=True))
     return Pair(axes, a.ids, b.ids, a.varies, b.varies)
 
 
@@ -46,15 +46,14 @@ def _padded(layout: Layout, rank: int) -> Layout:
 
 
 def _aligned(a: Layout, b: Layout, axis: int) -> tuple[Layout, Layout] | None:
-    """The same atoms for one axis of both."""
-    if len(a.axes[axis]) == len(b.axes[axis]) and (
-        a.axes[axis] == b.axes[axis] or not a.has_wires_along(axis) or not b.has_wires_along(axis)
-    ):
+    """The same atoms for one axis of both; as many of other sizes are others."""
+    mine, other = a.axes[axis], b.axes[axis]
+    if mine == other:
         return a, b
-    if not a.has_wires_along(axis):
-        return _as_atoms(a, axis, b.axes[axis]), b
-    if not b.has_wires_along(axis):
-        return a, _as_atoms(b, axis, a.axes[axis])
+    if is_one(mine) or (not a.has_wires_along(axis) and not is_one(other)):
+        return _as_atoms(a, axis, other), b
+    if is_one(other) or not b.has_wires_along(axis):
+        return a, _as_atoms(b, axis, mine)
     flat_a, flat_b = a.flat(axis), b.flat(axis)
     return None if flat_a is None or flat_b is None else (flat_a, flat_b)
 
@@ -64,13 +63,13 @@ def _as_atoms(layout: Layout, axis: int, atoms: Axis) -> Layout:
     old = layout.atoms(axis)
     varies = layout.varies_along(axis)
     ids = layout.ids.reshape([*layout.ids.shape[: old.start], *[1] * len(atoms), *layout.ids.shape[old.stop :]])
-    one = _is_one(layout.axes[axis])
+    one = is_one(layout.axes[axis])
     axes = (*layout.axes[:axis], tuple(1 for _ in atoms) if one else atoms, *layout.axes[axis + 1 :])
     flags = (*layout.varies[: old.start], *(varies for _ in atoms), *layout.varies[old.stop :])
     return Layout(axes, ids, flags, layout.zero)
 
 
-def _is_one(axis: Axis) -> bool:
+def is_one(axis: Axis) -> bool:
     return all(size == 1 for size in axis)
 
 

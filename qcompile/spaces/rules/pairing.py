@@ -10,6 +10,7 @@ from torch import fx
 from qcompile.ir.types import Dim
 from qcompile.spaces.forest import Ids
 from qcompile.spaces.layout import Axis, Layout, plain
+from qcompile.spaces.rules.broadcast import is_one
 from qcompile.spaces.walk import Kind, Use, Walk, sizes
 from qcompile.spaces.wires import EVERY, MIXING, Level
 
@@ -58,56 +59,52 @@ def _spread(
 ) -> tuple[tuple[Layout, Layout], list[str], list[list[int]]] | None:
     """Both operands over one list of atoms, the label of each atom, and the atoms of each axis of the result."""
     order = list(dict.fromkeys([*out, *left.labels, *right.labels]))
-    atoms: dict[str, int] = {}
+    atoms: dict[str, Axis] = {}
     operands = [left.layout, right.layout]
     for label in order:
-        counts = []
-        for k, labels in enumerate((left.labels, right.labels)):
-            if label in labels:
-                axis = labels.index(label)
-                counts.append((k, axis, len(operands[k].axes[axis]), operands[k].has_wires_along(axis)))
-        wired = {c for _, _, c, w in counts if w}
-        if len(wired) > 1 or (len(wired) == 0 and len({c for _, _, c, _ in counts}) > 1):
-            for k, axis, _, _ in counts:
+        held = [(k, s.labels.index(label)) for k, s in enumerate((left, right)) if label in s.labels]
+        forms = _forms(operands, held)
+        wired = _forms(operands, [(k, axis) for k, axis in held if operands[k].has_wires_along(axis)])
+        if len(wired) > 1 or (not wired and len(forms) > 1):
+            for k, axis in held:
                 single = operands[k].flat(axis)
                 if single is None:
                     return None
                 operands[k] = single
-            atoms[label] = 1
-        else:
-            atoms[label] = next(iter(wired)) if wired else counts[0][2]
-    names = [f"{label}.{i}" for label in order for i in range(atoms[label])]
+            forms = wired = _forms(operands, held)
+        atoms[label] = (wired or forms or [(1,)])[0]
+    names = [f"{label}.{i}" for label in order for i in range(len(atoms[label]))]
     layouts = []
     for layout, labels in zip(operands, (left.labels, right.labels), strict=True):
         layouts.append(_over(layout, labels, order, atoms))
-    starts = np.cumsum([0, *(atoms[label] for label in order)])
+    starts = np.cumsum([0, *(len(atoms[label]) for label in order)])
     places = [list(range(starts[order.index(label)], starts[order.index(label) + 1])) for label in out]
     return (layouts[0], layouts[1]), names, places
 
 
-def _over(layout: Layout, labels: list[str], order: list[str], atoms: dict[str, int]) -> Layout:
-    """The same tensor with an axis for every label, of as many atoms as wanted."""
+def _forms(operands: list[Layout], held: list[tuple[int, int]]) -> list[Axis]:
+    """The ways in which an axis is made of atoms, but for one of a single entry."""
+    return list(dict.fromkeys(axes for k, axis in held if not is_one(axes := operands[k].axes[axis])))
+
+
+def _over(layout: Layout, labels: list[str], order: list[str], atoms: dict[str, Axis]) -> Layout:
+    """The same tensor with an axis for every label, of the atoms that are wanted."""
     held = layout.permuted([labels.index(label) for label in order if label in labels])
     shape: list[int] = []
     varies: list[bool] = []
     atom_sizes: list[Dim] = []
     axis = 0
     for label in order:
-        if label not in labels:
-            atom_sizes += [1] * atoms[label]
-            shape += [1] * atoms[label]
-            varies += [False] * atoms[label]
-            continue
-        places = held.atoms(axis)
-        if len(places) == atoms[label]:
+        count = len(atoms[label])
+        if label in labels and held.axes[axis] == atoms[label]:
             atom_sizes += held.axes[axis]
-            shape += [held.ids.shape[i] for i in places]
-            varies += [held.varies[i] for i in places]
-        else:  # no wires along it
-            atom_sizes += [1] * atoms[label]
-            shape += [1] * atoms[label]
-            varies += [held.varies_along(axis)] * atoms[label]
-        axis += 1
+            shape += [held.ids.shape[i] for i in held.atoms(axis)]
+            varies += [held.varies[i] for i in held.atoms(axis)]
+        else:  # no wires along it, if it is there at all; where it differs along a part, along which is not known
+            atom_sizes += [1] * count
+            shape += [1] * count
+            varies += [label in labels and held.varies_along(axis)] * count
+        axis += label in labels
     return Layout(tuple((size,) for size in atom_sizes), held.ids.reshape(shape), tuple(varies))
 
 
