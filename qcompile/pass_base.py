@@ -7,9 +7,9 @@ import difflib
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import fx
 
@@ -189,7 +189,7 @@ def make_dataclass(cls: type[Any], options: Mapping[str, Any], called: str) -> A
             has = f"it has {', '.join(names)}" if names else "it has none"
             raise RecipeError(f"{called} has no option {option!r}{nearest(option, names)}; {has}")
     try:
-        return _adapter(cls).validate_python(dict(options))
+        return _adapter(cast(Hashable, cls)).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -197,7 +197,7 @@ def make_dataclass(cls: type[Any], options: Mapping[str, Any], called: str) -> A
 
 
 @functools.cache
-def _adapter(cls: type[Any]) -> Any:
+def _adapter(cls: Hashable) -> Any:
     """What checks the options of `cls`; made once, for that takes longer than all its checks."""
     from pydantic import TypeAdapter
 
