@@ -201,7 +201,7 @@ def _adapter(cls: Hashable) -> Any:
     """What checks the options of `cls`; made once, for that takes longer than all its checks."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    return TypeAdapter(cast(type[Any], cls))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
