@@ -34,7 +34,9 @@ class ChannelSpaces:
 
     def __getitem__(self, level: Level) -> list[Space]:
         """Every space that admits `level`, in program order of its first use. Only diagonal ones may have width 1."""
-        return self._spaces(level)
+        if level not in self._found:
+            self._found[level] = self._spaces(level)
+        return self._found[level]
 
     def space(self, node: fx.Node, kind: str, level: Level) -> Space | None:
         """The one space that all channels of a use at `node` belong to; None where there is no such one."""
@@ -70,11 +72,15 @@ class ChannelSpaces:
         events = {e for limited, e in self.wires.restricted(level) if np.isin(forest.find(limited), wanted).any()}
         return [self.wires.events[e] for e in sorted(events)]
 
-    @functools.cache  # noqa: B019  an analysis is short-lived
-    def _first_limits(self, level: Level) -> Ids:
-        return self.wires.first_limits(level)
+    @functools.cached_property
+    def _first_limits(self) -> Callable[[Level], Ids]:
+        # A cache on the method itself would hold every analysis, with its program, for good.
+        return functools.cache(self.wires.first_limits)
 
-    @functools.cache  # noqa: B019
+    @functools.cached_property
+    def _found(self) -> dict[Level, list[Space]]:
+        return {}
+
     def _spaces(self, level: Level) -> list[Space]:
         uses = [u for u in self.uses if level in u.levels]
         forest, limits = self.wires.forest(level), self._first_limits(level)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -279,3 +281,15 @@ def test_a_factor_that_cuts_an_axis_elsewhere_parts_the_vectors(
         edits.rotate(space, RandomOrthogonal(space.width, 3))
     edits.commit()
     assert drift(program.run(inputs), before) <= 1e-13
+
+
+def test_an_analysis_is_let_go_with_its_program() -> None:
+    program = parsed(X, "q: f64[4, 6], k: f64[4, 6]", SCORES)
+    spaces = channel_spaces(program)
+    assert spaces[Level.ORTHOGONAL]
+    assert spaces[Level.ORTHOGONAL] is spaces[Level.ORTHOGONAL]  # found once
+    assert spaces.limits(Level.LINEAR, spaces.uses[0].ids)
+    held = weakref.ref(program), weakref.ref(spaces)
+    del program, spaces
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
