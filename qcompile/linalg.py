@@ -16,7 +16,7 @@ from torch import Tensor
 
 SMALLEST = 64
 """Products with a side below this stay with torch: a call of oneDNN costs some 10 µs more."""
-BLOCK = 256
+BLOCK = 128
 """Triangular matrices are halved down to this size; what is left is LAPACK's."""
 
 
@@ -65,8 +65,7 @@ def solve_lower(lower: Tensor, right: Tensor, unit: bool = False) -> Tensor:
     """X [n, m] with L X = `right`, of L [n, n] only the lower triangle read; `unit`: its diagonal counts as ones."""
     size = len(lower)
     if size <= BLOCK or not _large(lower, right.t()):
-        solved: Tensor = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=unit)
-        return solved
+        return _solved(lower, right, False, unit)
     middle = size // 2
     first = solve_lower(lower[:middle, :middle], right[:middle], unit)
     rest = right[middle:] - product(lower[middle:, :middle], first)
@@ -77,12 +76,18 @@ def solve_upper(upper: Tensor, right: Tensor, unit: bool = False) -> Tensor:
     """X [n, m] with U X = `right`, of U [n, n] only the upper triangle read; `unit`: its diagonal counts as ones."""
     size = len(upper)
     if size <= BLOCK or not _large(upper, right.t()):
-        solved: Tensor = torch.linalg.solve_triangular(upper, right, upper=True, unitriangular=unit)
-        return solved
+        return _solved(upper, right, True, unit)
     middle = size // 2
     last = solve_upper(upper[middle:, middle:], right[middle:], unit)
     rest = right[:middle] - product(upper[:middle, middle:], last)
     return torch.cat([solve_upper(upper[:middle, :middle], rest, unit), last])
+
+
+def _solved(matrix: Tensor, right: Tensor, upper: bool, unit: bool) -> Tensor:
+    """LAPACK's, on what is turned over: it takes columns that lie side by side, and rows would be copied twice."""
+    turned = torch.linalg.solve_triangular(matrix.t(), right.t(), upper=not upper, left=False, unitriangular=unit)
+    found: Tensor = turned.t()
+    return found
 
 
 def _subtract_gram(matrix: Tensor, rows: Tensor) -> None:

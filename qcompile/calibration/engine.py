@@ -19,7 +19,7 @@ from torch import Tensor
 from qcompile.calibration.chain import Chain, Stage, cut
 from qcompile.calibration.checkpoint import Checkpoint, Values, fingerprint
 from qcompile.calibration.estimate import Estimate, estimate
-from qcompile.calibration.machine import give_back, peak_memory
+from qcompile.calibration.machine import give_back, keep_freed, peak_memory
 from qcompile.calibration.processes import Processes, joined
 from qcompile.calibration.settings import Settings
 from qcompile.calibration.slices import Slice
@@ -120,6 +120,7 @@ class Engine:
     def run(self, checkpoint: Checkpoint | None = None, expected: Estimate | None = None) -> None:
         """All stages; what a checkpoint has is applied as it was found. `expected` weighs them for the progress."""
         stages = self.chain.stages
+        keep_freed()
         done = 0 if checkpoint is None else self._restore(checkpoint)
         kept: list[list[Solved]] = []
         weights, quiet = None if expected is None else expected.stages, not self.processes.writes

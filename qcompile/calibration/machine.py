@@ -16,6 +16,8 @@ import torch
 from qcompile.linalg import product
 
 _SIDE, _COPIED = 768, 16 << 20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
+_LARGEST_KEPT, _MOST_KEPT = 64 << 20, 512 << 20
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ def peak_memory() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed() -> None:
+    """Have the C library hold freed memory ready for what comes next, where it can (glibc), until `give_back`.
+
+    Otherwise blocks of a few MB, which come and go by the thousand, are taken from the system one by one, and to fill
+    in their pages costs a tenth of a whole run. Blocks of `_LARGEST_KEPT` or more still go back at once: kept, they
+    would be left in pieces by smaller ones, and the peak would grow.
+    """
+    tune = getattr(_library(), "mallopt", None)
+    if tune is not None:
+        tune(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        tune(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
 def give_back() -> None:

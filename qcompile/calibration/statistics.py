@@ -104,8 +104,8 @@ class Gram:
         """
         work = torch.float64 if dtype == torch.float64 else torch.float32
         if self.hessian is not None:
-            mirror(self.hessian)
             self.hessian = self.hessian.to(work)
+            mirror(self.hessian)
         if self.cross is not None:
             self.cross = self.cross.to(work)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError
 from qcompile.linalg import cholesky, solve_lower, solve_upper
+from qcompile.rounding.order import ordered
 
 LEAST_RAISE = 1e-6
 """A failed factorisation is tried again with at least this damping, then ten times as much each time."""
@@ -49,16 +50,16 @@ class Factors:
     found: dict[tuple[bytes, torch.dtype, float, float | None], Factored] = field(default_factory=dict)
 
     def of(self, hessian: Tensor, damping: float, unit: float | None, order: Tensor | None) -> Factored:
-        """`factor(hessian, damping, unit)`, for the Hessian with its columns in `order`; computed once."""
+        """`factor(hessian, damping, unit, order)`, computed once."""
         turns = b"" if order is None else order.cpu().numpy().tobytes()
         key = turns, hessian.dtype, damping, unit
         if key not in self.found:
-            self.found[key] = factor(hessian, damping, unit)
+            self.found[key] = factor(hessian, damping, unit, order)
         return self.found[key]
 
 
-def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factored:
-    """Factor `hessian` [n, n] (float32 or float64, symmetric) + damping × `unit` × I.
+def factor(hessian: Tensor, damping: float, unit: float | None = None, order: Tensor | None = None) -> Factored:
+    """Factor `hessian` [n, n] (float32 or float64, symmetric) + damping × `unit` × I, with its columns in `order` [n].
 
     `unit`: the mean of the diagonal over live columns where None. A dead column (nothing came in: H_jj = 0) counts as
     one of H_jj = 1 that is tied to no other. Where the factorisation fails, damping is raised to 1e-6 or ten times
@@ -66,7 +67,7 @@ def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factor
     """
     if damping < 0:
         raise QCompileError(f"damping={damping} is negative; use 0 or more, 0.01 as a rule")
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
     if not bool(torch.isfinite(hessian.sum())):
         raise QCompileError(f"the Hessian (shape {list(hessian.shape)}) holds nan or infinity; find the layer's inputs")
     dead = diagonal == 0
@@ -76,7 +77,7 @@ def factor(hessian: Tensor, damping: float, unit: float | None = None) -> Factor
     tried: list[float] = []
     while damping <= MOST_DAMPING:
         tried.append(damping)
-        flipped = hessian.flip(0, 1)
+        flipped = hessian.flip(0, 1) if order is None else ordered(hessian, order.flip(0))
         torch.add(plain, damping * unit, out=flipped.diagonal())
         upper, well = cholesky(flipped)
         if well and bool(torch.isfinite(upper.diagonal()).all()):

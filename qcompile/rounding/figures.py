@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,12 @@ class Figures:
 
 def quadratic(columns: Tensor, symmetric: Tensor) -> float:
     """tr(Eᵀ H E) for E `columns` [n, m] and a symmetric H [n, n]; half the work of H @ E. Summed in float64."""
-    total = 0.0
+    return quadratics([columns], symmetric)[0]
+
+
+def quadratics(several: Sequence[Tensor], symmetric: Tensor) -> list[float]:
+    """`quadratic` of several matrices of one shape [n, m], for which H is read once."""
+    columns, totals = torch.cat(list(several), 1), [0.0] * len(several)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))
         here = columns[start:stop]
@@ -47,13 +53,9 @@ def quadratic(columns: Tensor, symmetric: Tensor) -> float:
         found = product(symmetric[start:stop, start:stop], here)
         if start:
             found.add_(product(symmetric[start:stop, :start], columns[:start]), alpha=2.0)
-        total += dot(here, found)
-    return total
-
-
-def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> float:
-    """tr(Lᵀ A R) for `left` and `right` [n, m] and `matrix` [n, n]. Summed in float64."""
-    return dot(left, product(matrix, right))
+        for i, parts in enumerate(zip(here.chunk(len(several), 1), found.chunk(len(several), 1), strict=True)):
+            totals[i] += dot(*parts)
+    return totals
 
 
 def dot(a: Tensor, b: Tensor) -> float:

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from qcompile.errors import QCompileError
-from qcompile.rounding.factor import Factored, Factors, factor
-from qcompile.rounding.order import Order
+from qcompile.rounding.factor import Factored, Factors
+from qcompile.rounding.order import Order, ordered
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Second moments of a layer's inputs, in the order of its columns: `hessian` H = X̂X̂ᵀ and, where the float
-    stream's inputs X are known too, `cross` G = X̂Xᵀ; both [in, in], of one scale. `factors`: what is known of H
-    already, and `order` that of the columns in it.
+    """Second moments of a layer's inputs: `given_hessian` H = X̂X̂ᵀ and, where the float stream's inputs X are known
+    too, `given_cross` G = X̂Xᵀ; both [in, in], of one scale. `order` [in]: the order that columns are taken in, None as
+    they stand. `factors`: what is known of H already.
     """
 
-    hessian: Tensor
-    cross: Tensor | None
+    given_hessian: Tensor
+    given_cross: Tensor | None
     factors: Factors | None = None
     order: Tensor | None = None
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """H with its columns in their order."""
+        return self.given_hessian if self.order is None else ordered(self.given_hessian, self.order)
+
+    @cached_property
+    def cross(self) -> Tensor | None:
+        """G with its columns in their order."""
+        known = self.given_cross
+        return known if known is None or self.order is None else ordered(known, self.order)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """That of H, [in]."""
+        diagonal = self.given_hessian.diagonal()
+        return diagonal if self.order is None else diagonal[self.order]
 
     @property
     def dead(self) -> Tensor:
         """[in]: where nothing came in."""
-        return self.hessian.diagonal() == 0
+        return self.diagonal == 0
 
     def alive(self, columns: Tensor) -> Tensor:
         """`columns` [in, out] with those of dead inputs 0."""
@@ -36,9 +54,8 @@ class Sums:
 
     def factor(self, damping: float, unit: float | None = None) -> Factored:
         """H factored, as `factor` does; once for all that share `factors`."""
-        if self.factors is None:
-            return factor(self.hessian, damping, unit)
-        return self.factors.of(self.hessian, damping, unit, self.order)
+        known = self.factors or Factors()
+        return known.of(self.given_hessian, damping, unit, self.order)
 
     def needed_cross(self, method: Method) -> Tensor:
         """G; QCompileError naming `method` where there is none."""
@@ -48,8 +65,7 @@ class Sums:
 
     def ordered(self, order: Tensor) -> Sums:
         """The sums of columns in another order."""
-        cross = None if self.cross is None else _ordered(self.cross, order)
-        return Sums(_ordered(self.hessian, order), cross, self.factors, order)
+        return replace(self, order=order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +92,3 @@ class Method(Protocol):
 
     def problem(self, columns: Tensor, sums: Sums) -> Problem:
         """What to hand to the recursion for Wᵀ `columns` [in, out]; columns of dead inputs are to become 0."""
-
-
-def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
-    return matrix.index_select(0, order).index_select(1, order)

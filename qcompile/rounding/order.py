@@ -12,6 +12,9 @@ Order: TypeAlias = Literal["none", "act", "group"]
 their largest diagonal, and columns by theirs inside a group, so that groups stay whole (group-aware reordering)."""
 
 
+_ROWS = 64
+
+
 def column_order(order: Order, diagonal: Tensor, group_of: Tensor) -> Tensor | None:
     """The columns [in] in the order of their turns, for the diagonal of H and the group of each column, both [in].
 
@@ -24,6 +27,15 @@ def column_order(order: Order, diagonal: Tensor, group_of: Tensor) -> Tensor | N
             return torch.argsort(diagonal, descending=True, stable=True)
         case "group":
             return group_order(diagonal, group_of)
+
+
+def ordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """A matrix [n, n] with its rows and its columns in another order, some rows at once: they stay in the cache."""
+    found = torch.empty_like(matrix)
+    for start in range(0, len(order), _ROWS):
+        here = slice(start, start + _ROWS)
+        torch.index_select(matrix[order[here]], 1, order, out=found[here])
+    return found
 
 
 def group_order(diagonal: Tensor, group_of: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from qcompile.numerics.qtensor import QTensor
 from qcompile.rounding.axe import Accumulator, BoundedGrid, Proof, prove, widening
 from qcompile.rounding.clip import AwqClip
 from qcompile.rounding.factor import Factored, Factors
-from qcompile.rounding.figures import Figures, dot, quadratic
+from qcompile.rounding.figures import Figures, dot, quadratics
 from qcompile.rounding.grid import Grid, Stored
 from qcompile.rounding.magr import MagR
 from qcompile.rounding.method import Method, Sums
@@ -91,32 +91,24 @@ def round_matrix(
     job = _Job(stored, sums, method, groups, shrink, clip, accumulator, outer)
     job.check()
     columns = weight.to(work).t().contiguous()
-    plain = Grid.fit(columns.t(), stored, outer)
-    found, nearest = job.solved(columns, plain), job.nearest(columns, plain)
-    costs = _Costs.of(columns, job.sums, statistics.power, method.follows_float, max(1, columns.shape[1] // COUNTED))
-    before = costs.at(nearest.values)
-    after = before
-    fell_back: str | None = "no input came in"
-    if found is not None:
-        after, fell_back = costs.at(found.values), None
-        if safe and costs.step > 1 and not _clearly_less(after[costs.deciding], before[costs.deciding]):
-            costs = _Costs.of(columns, job.sums, statistics.power, method.follows_float, 1)
-            before, after = costs.at(nearest.values), costs.at(found.values)
-        if safe and not after[costs.deciding] <= before[costs.deciding]:
-            fell_back = f"error {after[costs.deciding]:.4g} above {before[costs.deciding]:.4g} of rounding to nearest"
-    if found is None or (safe and fell_back is not None):
-        found, after = nearest, before
-    figures = _figures(job, found.factored, statistics, costs, (before, after), fell_back)
+    plain = Grid.fit(weight.to(work), stored, outer)
+    found = job.solved(columns, plain)
+    costs = job.costs(columns, plain, found, statistics.power, max(1, columns.shape[1] // COUNTED))
+    if found is not None and safe and costs.step > 1 and not costs.clearly_less:
+        costs = job.costs(columns, plain, found, statistics.power, 1)
+    fell_back: str | None = None
+    if found is None:
+        fell_back = "no input came in"
+    elif safe and not costs.deciding <= costs.deciding_nearest:
+        fell_back = f"error {costs.deciding:.4g} above {costs.deciding_nearest:.4g} of rounding to nearest"
+    if found is None or fell_back is not None:
+        found, costs = job.nearest(columns, plain), replace(costs, found=costs.nearest)
+    figures = _figures(job, found.factored, statistics, costs, fell_back)
     result = found.grid.finish(found.values.t())
     proof = None if accumulator is None else prove(stored.matrix(result.codes), accumulator)
     if proof is not None and not proof.holds:
         raise QCompileError(f"{stored.spec}: codes can overflow {accumulator}: {proof}; report this")
     return Rounded(result, found.values.t(), figures, proof)
-
-
-def _clearly_less(after: float, before: float) -> bool:
-    """Whether an error that was counted over some outputs is less over all of them beyond doubt."""
-    return after < before - 0.1 * abs(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +139,16 @@ class _Job:
             other = self.clip or self.accumulator
             raise QCompileError(f"running groups and {other} do not go together; use static groups")
 
+    def costs(self, columns: Tensor, grid: Grid, found: _Solution | None, power: Tensor | None, step: int) -> _Costs:
+        """What rounding to nearest and what was found cost over every `step`-th output; no other is rounded for it."""
+        few = columns[:, ::step].contiguous()
+        if self.accumulator is None:
+            nearest = grid.outputs(step).round(few, slice(None))
+        else:
+            nearest = self.nearest(columns, grid).values[:, ::step]
+        values = [nearest] if found is None else [nearest, found.values[:, ::step]]
+        return _Costs.of(few, self.sums, values, None if power is None else power[::step], self.method, step)
+
     def nearest(self, columns: Tensor, grid: Grid) -> _Solution:
         """Rounding to nearest on the weight's own `grid`; within the accumulator's bound where there is one."""
         if self.accumulator is None:
@@ -167,7 +169,7 @@ class _Job:
         # Weights of dead inputs become 0, which leaves finer steps to those beside them.
         living = self.sums.alive(columns)
         grid = self._grid(living, plain if living is whole else None)
-        order = column_order(self.method.order, self.sums.hessian.diagonal(), grid.group_of)
+        order = column_order(self.method.order, self.sums.diagonal, grid.group_of)
         if order is None:
             problem = self.method.problem(columns, self.sums)
             values = recurse(problem.base, problem.anchor, problem.feedback, grid)
@@ -197,14 +199,9 @@ class _Job:
 
 
 def _figures(
-    job: _Job,
-    factored: Factored | None,
-    statistics: Statistics,
-    costs: _Costs,
-    measured: tuple[tuple[float, float], tuple[float, float]],
-    fell_back: str | None,
+    job: _Job, factored: Factored | None, statistics: Statistics, costs: _Costs, fell_back: str | None
 ) -> Figures:
-    before, after = measured
+    before, after = costs.nearest, costs.found
     crossed = job.sums.cross is not None
     options = [job.method, *(option for option in (job.shrink, job.clip, job.accumulator) if option is not None)]
     return Figures(
@@ -236,38 +233,55 @@ def _sums(weight: Tensor, stored: Stored, statistics: Statistics, work: torch.dt
     return Sums(statistics.hessian.to(work), cross)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Costs:
-    """What values cost against `columns` [in, out]; see `Figures` for the two ways to count."""
+    """What rounding to nearest and what was found cost over every `step`-th output, for rows of a weight are problems
+    of their own: the loss, and the gap (the loss again where no cross terms are known); see `Figures`.
+    """
 
-    columns: Tensor
-    sums: Sums
-    energy: float
-    pull: Tensor | None  # (H - G) Wᵀ [in, out]
-    power: float | None
-    deciding: int
+    nearest: tuple[float, float]
+    found: tuple[float, float]
+    energy: float  # tr(W H Wᵀ)
+    unrounded: float | None  # ‖WX - WX̂‖²
+    power: float | None  # ‖WX‖²
+    by_gap: bool
     step: int
 
     @classmethod
-    def of(cls, columns: Tensor, sums: Sums, power: Tensor | None, follows_float: bool, step: int) -> _Costs:
-        """Costs over every `step`-th output: rows of a weight are problems of their own."""
-        columns = columns[:, ::step].contiguous()
-        pull = None if sums.cross is None else product(sums.hessian - sums.cross, columns)
-        total = None if power is None else float(power[::step].sum(dtype=torch.float64))
-        deciding = int(follows_float and pull is not None)
-        return cls(columns, sums, quadratic(columns, sums.hessian), pull, total, deciding, step)
+    def of(
+        cls, columns: Tensor, sums: Sums, values: list[Tensor], power: Tensor | None, method: Method, step: int
+    ) -> _Costs:
+        """Of one or two matrices of values against `columns` [in, out]; the last is what was found."""
+        wrong = [v - columns for v in values]
+        energy, *losses = quadratics([columns, *wrong], sums.hessian)
+        unit, gaps, unrounded, total = energy or 1.0, losses, None, None
+        if sums.cross is not None:
+            pull = product(sums.hessian - sums.cross, columns)  # (H - G) Wᵀ
+            gaps = [loss + 2 * dot(w, pull) for loss, w in zip(losses, wrong, strict=True)]
+            if power is not None:
+                total = float(power.sum(dtype=torch.float64))
+                unrounded = total - energy + 2 * dot(columns, pull)
+        both = [(loss / unit, gap / unit) for loss, gap in zip(losses, gaps, strict=True)]
+        by_gap = method.follows_float and sums.cross is not None
+        return cls(both[0], both[-1], energy, unrounded, total, by_gap, step)
 
-    def at(self, values: Tensor) -> tuple[float, float]:
-        """The loss, and the gap (the loss again where no cross terms are known)."""
-        wrong = values[:, :: self.step] - self.columns
-        loss = quadratic(wrong, self.sums.hessian)
-        gap = loss if self.pull is None else loss + 2 * dot(wrong, self.pull)
-        unit = self.energy or 1.0
-        return loss / unit, gap / unit
+    @property
+    def deciding(self) -> float:
+        """The error that what was found is judged by."""
+        return self.found[self.by_gap]
+
+    @property
+    def deciding_nearest(self) -> float:
+        """The same of rounding to nearest."""
+        return self.nearest[self.by_gap]
+
+    @property
+    def clearly_less(self) -> bool:
+        """Whether an error that was counted over some outputs is less over all of them beyond doubt."""
+        return self.deciding < self.deciding_nearest - 0.1 * abs(self.deciding_nearest)
 
     def error(self, gap: float) -> float | None:
         """‖WX - ŴX̂‖² / ‖WX‖² for a gap."""
-        if self.pull is None or not self.power:
+        if self.unrounded is None or not self.power:
             return None
-        unrounded = self.power - self.energy + 2 * dot(self.columns, self.pull)
-        return (unrounded + gap * self.energy) / self.power
+        return (self.unrounded + gap * self.energy) / self.power
