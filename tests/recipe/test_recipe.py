@@ -119,7 +119,15 @@ def test_load_takes_names_paths_mappings_and_recipes(tmp_path: Path, monkeypatch
 def test_presets_are_described_and_complete() -> None:
     presets = Recipe.presets()
     plain = ["int4-g128", "int4-int8dynamic", "int8-dynamic", "int8-static"]
-    calibrated = ["dpq-w4a8", "gptaq-int4", "gptq-int4", "mr-gptq-mxfp4", "mr-gptq-nvfp4", "qronos-int4"]
+    calibrated = [
+        "dpq-w4a8",
+        "gptaq-int4",
+        "gptq-int4",
+        "mr-gptq-mxfp4",
+        "mr-gptq-nvfp4",
+        "qronos-int4",
+        "rotated-w4a4",
+    ]
     assert list(presets) == sorted(plain + calibrated)
     for name, description in presets.items():
         recipe = Recipe.load(name).check()

@@ -24,6 +24,7 @@ PRESETS = {
     "dpq-w4a8": ["weights.group=16"],
     "mr-gptq-mxfp4": [],
     "mr-gptq-nvfp4": [],
+    "rotated-w4a4": ["weights.group=16"],
 }
 
 
