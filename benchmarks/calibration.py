@@ -49,17 +49,19 @@ OURS = {
     "": ["--true-sequential"],
     ", compute: bfloat16": ["--true-sequential", "--compute", "bfloat16"],
     ", propagate: float": ["--true-sequential", "--propagate", "float"],
+    ", both": ["--true-sequential", "--propagate", "float", "--compute", "bfloat16"],
 }
 """"propagate: float" shows every layer what the float model gives it; peers show it what the rounded layers give."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer, the script that runs it, and the mode to run it in."""
+    """A peer, the script that runs it, the mode to run it in, and whether it can hold the model in bfloat16."""
 
     name: str
     script: str
     mode: str
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Quality:
 
 
 KNOWN = (
-    Peer("llm-compressor", "llmcompressor_gptq.py", "act"),
+    Peer("llm-compressor", "llmcompressor_gptq.py", "act", halves=True),
     Peer("neural-compressor-pt", "inc_gptq.py", "plain"),
     Peer("gptqmodel", "gptqmodel_gptq.py", "act"),
 )
@@ -117,7 +119,11 @@ def main() -> None:
             for mode in modes
             for how in OURS
         ]
-        jobs += [Job(p.name, p.mode, p.script, str(python), []) for p, python in chosen.items()]
+        for peer, python in chosen.items():
+            jobs.append(Job(peer.name, peer.mode, peer.script, str(python), []))
+            if peer.halves:
+                halved = ["--compute", "bfloat16"]
+                jobs.append(Job(f"{peer.name}, model in bfloat16", peer.mode, peer.script, str(python), halved))
         found: dict[str, list[dict[str, Any]]] = {job.name: [] for job in jobs}
         for _ in range(options.rounds):
             for job in jobs:
@@ -263,9 +269,10 @@ def show(
         f"{options.rounds} round(s), in turns; medians. Everyone: scale = amax / 7.5, codes -8 … 7, damping 1%. Peers "
         "calibrate a layer on the outputs of the rounded layers before it, and look at all its products before they "
         "round one; ours rounds q, k, v, then o, and so on, which costs it nothing (`propagate: quantized`). "
-        "`compute: bfloat16` is for linear layers while data is run, no more. H is that of the float model for "
+        "`compute: bfloat16` is for linear layers while data is run, no more (sums and rounding stay float32); a peer's "
+        "bfloat16 is the whole model's. `both`: that and `propagate: float`. H is that of the float model for "
         "everyone, so that the loss favours who calibrates on float inputs. Times ours: the first two of ours; ours / "
-        "theirs: all three. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
+        "theirs: all four. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
         "peers of its order and groups. Peers load the model into memory before the clock starts; ours reads its "
         "weights from the file within the time."
     )

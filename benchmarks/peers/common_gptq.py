@@ -46,10 +46,10 @@ class Job:
         return list(load_file(self.tokens)["tokens"].split(1))
 
     def load(self) -> Any:
-        """The transformers model in float32, on the CPU."""
+        """The transformers model in the dtype to compute in, on the CPU."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.model, torch_dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.model, torch_dtype=getattr(torch, self.compute)).eval()
 
     def tokenizer(self) -> Any:
         """A tokenizer that nothing asks anything of, for peers that insist on one."""
@@ -93,7 +93,7 @@ def job(description: str | None) -> Job:
         "--compute",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="linear layers while data is run; ours alone",
+        help="ours: linear layers while data is run; peers': the dtype of the model",
     )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
