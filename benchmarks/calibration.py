@@ -270,7 +270,7 @@ def show(
         "calibrate a layer on the outputs of the rounded layers before it, and look at all its products before they "
         "round one; ours rounds q, k, v, then o, and so on, which costs it nothing (`propagate: quantized`). "
         "`compute: bfloat16` is for linear layers while data is run (sums and rounding stay float32), a peer's bfloat16 "
-        "for its whole model. `both`: that and `propagate: float`. H is that of the float model for "
+        "for its whole model; `both` is that and `propagate: float`. H is that of the float model for "
         "everyone, so that the loss favours who calibrates on float inputs. Times ours: the first two of ours; ours / "
         "theirs: all four. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
         "peers of its order and groups. Peers load the model into memory before the clock starts; ours reads its "
