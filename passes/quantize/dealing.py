@@ -31,6 +31,29 @@ class Dealing:
     decider: str | None = None
     number: int = 0
 
+    @property
+    def lines_up(self) -> bool:
+        """Whether rows of two programs that deal in this way stand in one order, however they are dealt."""
+        return self.kind in ("index", "stack")
+
+    def lined_up(self, x: Tensor, decider: Tensor | None, other: Tensor, other_decider: Tensor | None) -> Tensor:
+        """`other`, the same input in another program, with the row of `x` where that program has none of its expert."""
+        flat, rows = (t.movedim(self.axis, -1).reshape(-1, t.shape[self.axis]) for t in (x, other))
+        if self.kind == "stack":
+            alike = (flat != 0).any(1) & (rows != 0).any(1)
+        else:
+            assert decider is not None
+            assert other_decider is not None
+            alike = self._owners(decider, len(flat)) == self._owners(other_decider, len(flat))
+        found = torch.where(alike.unsqueeze(1), rows, flat)
+        moved = x.movedim(self.axis, -1)
+        return found.view(moved.shape).movedim(-1, self.axis)
+
+    def _owners(self, decider: Tensor, rows: int) -> Tensor:
+        """The expert of each row, where they are named one by one or run by run."""
+        owner = decider.reshape(-1).remainder(self.experts)
+        return owner.repeat_interleave(rows // len(owner))
+
     def rows(self, x: Tensor, decider: Tensor | None) -> dict[int, Tensor]:
         """Expert → its rows ``[tokens, features]``; experts without any may be missing."""
         moved = x.movedim(self.axis, -1)
@@ -44,8 +67,7 @@ class Dealing:
         if self.kind == "offsets":
             ends = decider.tolist()
             return {e: flat[a:b] for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a}
-        owner = decider.reshape(-1).remainder(self.experts)
-        owner = owner.repeat_interleave(len(flat) // len(owner))
+        owner = self._owners(decider, len(flat))
         return {e: flat[owner == e] for e in sorted(set(owner.tolist()))}
 
 

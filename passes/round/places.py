@@ -84,15 +84,26 @@ def _obstacle(mark: QDQ, readers: list[Contraction], plain: Mapping[str, Contrac
 def _read(setup: Setup, key: str, c: Contraction, float_c: Contraction, cross: bool) -> Read | str:
     of_float = setup.settings.propagate == "float"
     seen = float_c if of_float else c
-    dealt = None
+    dealt = dealt_float = None
     if c.experts is not None:
         dealt = dealing(setup.plain if of_float else setup.program, seen)
         if dealt is None:
             return f"which of its experts sees which token cannot be read off {c.op}"
-    other = float_c.input if cross and dealt is None and not of_float else None
+        dealt_float = dealing(setup.plain, float_c)
+    alike = dealt is None or (dealt.lines_up and dealt_float is not None and dealt_float.kind == dealt.kind)
+    other = float_c.input if cross and alike and not of_float else None
     where = f"the input of {setup.program.module_of(c.node) or key}"
     padding = setup.padding_float if of_float else setup.padding
     want = InputWant(
-        where, seen.input, other, seen.input_axis, float_c.input_axis, dealt, of_float, padding, setup.padding_float
+        where,
+        seen.input,
+        other,
+        seen.input_axis,
+        float_c.input_axis,
+        dealt,
+        of_float,
+        padding,
+        setup.padding_float,
+        None if other is None else dealt_float,
     )
     return Read(c, Target(float_c.node, float_c.input), want)

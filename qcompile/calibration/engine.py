@@ -63,7 +63,7 @@ def run_segments(
     workers = [p.begin(setup) for p in passes]
     engine = Engine(setup, workers, data, processes)
     expected = estimate(engine)
-    expected.check(setup.settings.true_sequential)
+    expected.check(setup.settings.true_sequential, engine.quantized is not None and engine.plain is not None)
     made = None
     if resume is not None:
         about = f"{setup.settings} {processes.size}"

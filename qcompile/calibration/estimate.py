@@ -26,6 +26,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.run import fill
 from qcompile.numerics.criterion import HalfQuadratic, LeastError
 from qcompile.numerics.spec import QuantSpec
+from qcompile.passes.quantize.dealing import dealing
 from qcompile.passes.quantize.sites import weight_qdq
 
 if TYPE_CHECKING:
@@ -74,14 +75,18 @@ class Estimate:
         """Seconds of the whole run."""
         return sum(self.seconds.values())
 
-    def check(self, sequential: bool = True) -> None:
-        """QCompileError where it does not fit what is free. `sequential`: whether stages are taken one by one."""
+    def check(self, sequential: bool = True, crossed: bool = False) -> None:
+        """QCompileError where it does not fit what is free. `sequential`: whether stages are taken one by one;
+        `crossed`: whether cross terms with the float program are collected.
+        """
         needed = self.peak - self.bytes.get("process", 0)
         if needed <= self.free:
             return
         ways = ["fewer samples in a batch (calibration.batch)", "shorter ones (calibration.length)"]
         if self.bytes["values"] > self.free / 4:
             ways.insert(0, f"calibration.memory={max(self.free / 4e9, 0.01):.2f}")
+        if crossed:
+            ways.append("a method without cross terms, such as gptq(target=quantized)")
         if not sequential:
             ways.insert(0, "calibration.true_sequential=true, which holds less")
         raise QCompileError(
@@ -333,10 +338,9 @@ def _matrices(engine: Engine) -> Iterator[tuple[str, _Matrix]]:
             stored = math.prod(shape) + 4 * math.prod(spec.scale_shape(shape))
             searched = isinstance(spec.observer, LeastError | HalfQuadratic)
             sizes = shape[c.axis_out], shape[c.axis_in]
-            yield (
-                c.node.name,
-                _Matrix(program.key(c.weight), *sizes, count, stored, searched, crossed and c.experts is None),
-            )
+            dealt = None if c.experts is None else dealing(program, c)
+            follows = crossed and (c.experts is None or (dealt is not None and dealt.lines_up))
+            yield c.node.name, _Matrix(program.key(c.weight), *sizes, count, stored, searched, follows)
 
 
 def _shapes(program: Program, batch: dict[str, Tensor]) -> Shapes:

@@ -27,6 +27,7 @@ class InputWant:
         x: the value in the float program, for G and the mean; None where it is not wanted.
         axis, axis_float: of features.
         experts: how rows are dealt to experts, with the value that decides it; None for a product that sees all.
+        experts_float: the same in the float program, where `x` is wanted.
         of_float: `x_hat` is a value of the float program.
         padding, padding_float: what leaves padding out of `x_hat` and of `x`.
     """
@@ -40,20 +41,16 @@ class InputWant:
     of_float: bool
     padding: Padding = field(compare=False)
     padding_float: Padding = field(compare=False)
+    experts_float: Dealing | None = None
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        return () if self.of_float else self._read
+        return () if self.of_float else _read(self.x_hat, self.experts)
 
     @property
     def float(self) -> tuple[str, ...]:
-        given = () if self.x is None else (self.x.name,)
-        return (*self._read, *given) if self.of_float else given
-
-    @property
-    def _read(self) -> tuple[str, ...]:
-        decider = None if self.experts is None else self.experts.decider
-        return (self.x_hat.name,) if decider is None else (self.x_hat.name, decider)
+        given = () if self.x is None else _read(self.x, self.experts_float)
+        return (*_read(self.x_hat, self.experts), *given) if self.of_float else given
 
     def make(self) -> InputGram:
         return InputGram(self)
@@ -79,11 +76,24 @@ class InputGram:
                 check_finite(other, f"{want.where} in the float model", seen.samples, seen.mask)
             self._gram(0).add(rows, other)
             return
-        decider = None if want.experts.decider is None else values[want.experts.decider]
-        for expert, rows in want.experts.rows(values[want.x_hat.name], decider).items():
+        self._see_experts(want.experts, values, seen)
+
+    def _see_experts(self, experts: Dealing, values: Mapping[str, Any], seen: Seen) -> None:
+        want = self.want
+        x, decider = values[want.x_hat.name], _decider(experts, values)
+        dealt, others = experts.rows(x, decider), dict[int, Tensor]()
+        if want.x is not None and want.experts_float is not None:
+            # A token that the float router sends elsewhere has no input of this expert to follow; it follows its own.
+            float_decider = _decider(want.experts_float, seen.float)
+            others = experts.rows(experts.lined_up(x, decider, seen.float[want.x.name], float_decider), decider)
+        for expert, rows in dealt.items():
             check_finite(rows, f"{want.where}, expert {expert}", seen.samples, in_order=False)
+            other = others.get(expert)
+            if other is not None:
+                place = f"{want.where}, expert {expert}, in the float model"
+                check_finite(other, place, seen.samples, in_order=False)
             if len(rows):
-                self._gram(expert).add(rows, None)
+                self._gram(expert).add(rows, other)
 
     def add_up(self, processes: Processes) -> None:
         """Add up over processes; an expert that this one did not see counts as zeros. Then the sums are as final."""
@@ -103,6 +113,15 @@ class InputGram:
 
     def _gram(self, expert: int) -> Gram:
         return self.of.setdefault(expert, Gram())
+
+
+def _read(value: fx.Node, experts: Dealing | None) -> tuple[str, ...]:
+    return (value.name,) if experts is None or experts.decider is None else (value.name, experts.decider)
+
+
+def _decider(experts: Dealing, values: Mapping[str, Any]) -> Tensor | None:
+    found: Tensor | None = None if experts.decider is None else values[experts.decider]
+    return found
 
 
 def _rows(padding: Padding, node: fx.Node, values: Mapping[str, Any], axis: int, mask: Tensor | None) -> Tensor:

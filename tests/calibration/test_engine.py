@@ -274,36 +274,7 @@ def test_the_report_is_the_same_every_time() -> None:
     assert any(note.startswith("14 places in 5 segments and 8 stages") for note in first.notes)
 
 
-def experts() -> Program:
-    """Two layers of a mixture: a router picks a matrix of each stack for every token."""
-    layer = """\
-    n{i} = aten.rms_norm.default({x}, [16], g{i}, 1e-3)
-    r{i} = aten.linear.default(n{i}, wr{i})  # {i}.router
-    i{i} = aten.argmax.default(r{i}, -1)
-    f{i} = aten.view.default(i{i}, [-1])
-    c{i} = aten.view.default(n{i}, [-1, 16, 1])
-    u{i} = aten.index.Tensor(wu{i}, [f{i}])
-    h{i} = aten.bmm.default(u{i}, c{i})  # {i}.up
-    d{i} = aten.index.Tensor(wd{i}, [f{i}])
-    a{i} = aten.relu.default(h{i})
-    o{i} = aten.bmm.default(d{i}, a{i})  # {i}.down
-    v{i} = aten.view.default(o{i}, [b, s, 16])
-    y{i} = aten.add.Tensor({x}, v{i})"""
-    body = "\n".join(layer.format(i=i, x=x) for i, x in enumerate(("x", "y0")))
-    shapes = "g{i}: f64[16], wr{i}: f64[3, 16], wu{i}: f64[3, 24, 16], wd{i}: f64[3, 16, 24]"
-    weights = ", ".join(shapes.format(i=i) for i in range(2))
-    return tiny.tempered(
-        Program.parse(f"""def main(input_ids: i64[batch, sequence], *, e: f64[32, 16], {weights}, wh: f64[32, 16]):
-    b = aten.sym_size.int(input_ids, 0)
-    s = aten.sym_size.int(input_ids, 1)
-    x = aten.embedding.default(e, input_ids)
-{body}
-    z = aten.linear.default(y1, wh)
-    return {{"logits": z}}""")
-    )
-
-
-@pytest.mark.parametrize("made", [tiny.decoder, experts])
+@pytest.mark.parametrize("made", [tiny.decoder, tiny.experts])
 def test_what_is_run_on_is_what_comes_out(made: Callable[[], Program]) -> None:
     """The values at the last stage are those of the finished program: all that was rounded before has been seen."""
     program = made()

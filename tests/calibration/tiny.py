@@ -57,6 +57,35 @@ def decoder(layers: int = 2, dtype: str = "f64") -> Program:
     return tempered(Program.parse(text))
 
 
+def experts() -> Program:
+    """Two layers of a mixture: a router picks a matrix of each stack for every token."""
+    layer = """\
+    n{i} = aten.rms_norm.default({x}, [16], g{i}, 1e-3)
+    r{i} = aten.linear.default(n{i}, wr{i})  # {i}.router
+    i{i} = aten.argmax.default(r{i}, -1)
+    f{i} = aten.view.default(i{i}, [-1])
+    c{i} = aten.view.default(n{i}, [-1, 16, 1])
+    u{i} = aten.index.Tensor(wu{i}, [f{i}])
+    h{i} = aten.bmm.default(u{i}, c{i})  # {i}.up
+    d{i} = aten.index.Tensor(wd{i}, [f{i}])
+    a{i} = aten.relu.default(h{i})
+    o{i} = aten.bmm.default(d{i}, a{i})  # {i}.down
+    v{i} = aten.view.default(o{i}, [b, s, 16])
+    y{i} = aten.add.Tensor({x}, v{i})"""
+    body = "\n".join(layer.format(i=i, x=x) for i, x in enumerate(("x", "y0")))
+    shapes = "g{i}: f64[16], wr{i}: f64[3, 16], wu{i}: f64[3, 24, 16], wd{i}: f64[3, 16, 24]"
+    weights = ", ".join(shapes.format(i=i) for i in range(2))
+    return tempered(
+        Program.parse(f"""def main(input_ids: i64[batch, sequence], *, e: f64[32, 16], {weights}, wh: f64[32, 16]):
+    b = aten.sym_size.int(input_ids, 0)
+    s = aten.sym_size.int(input_ids, 1)
+    x = aten.embedding.default(e, input_ids)
+{body}
+    z = aten.linear.default(y1, wh)
+    return {{"logits": z}}""")
+    )
+
+
 def tempered(program: Program) -> Program:
     """Weights that pass on their input's size; columns of tables that differ in size."""
     for key in list(program.weights):

@@ -96,7 +96,7 @@ def test_the_first_layer_is_rounded_as_one_matrix(
 )
 @pytest.mark.parametrize("model", ["gpt2", "qwen3_moe"])
 def test_no_layer_is_worse_than_nearest(tiny: Callable[[str], Program], text: str, model: str) -> None:
-    """Fused projections stored [in, out], and experts, which have no float stream."""
+    """Fused projections stored [in, out], and experts."""
     program = marked(tiny(model))
     [report] = run_segments(program, [made(text)], DATA.split(8))
     assert len(report.measured) > 8
