@@ -130,7 +130,7 @@ _ROTATE_FAULTS = (
     ),
     Fault(
         f"{_ROTATE}/inputs.py",
-        "return self.rotation.apply(tensor, self.axis)",
+        "return self.rotation.apply_into(tensor, self.axis, spare)",
         "return self.rotation.apply_inverse(tensor, self.axis)",
         "the weight is times T, not its transpose",
     ),
@@ -233,8 +233,8 @@ _RULE_FAULTS = (
     ),
     Fault(
         f"{_RULES}/pairing.py",
-        "    if any(inner):\n",
-        "    if not other.varies:\n",
+        "    inner = tuple(v and size > 1 for",
+        "    inner = tuple(v and size < 1 for",
         "heads may be mixed with each other",
     ),
     Fault(

@@ -10,6 +10,7 @@ from torch import fx
 
 from qcompile.hadamard.rotation import Hadamard
 from qcompile.ir.program import Program
+from qcompile.passes.rotate.inputs import Rotated
 from qcompile.passes.rotate.rotate import Rotate
 from qcompile.passes.rotate.rotate_layerwise import RotateLayerwise
 
@@ -63,6 +64,14 @@ def test_blocks(text: Any, rotated: Any) -> None:
         program, _ = rotated(written, RotateLayerwise(block=block))
         assert transforms(program) == [("x", order, block or 12)]
         assert torch.allclose(program.weights["u"], times_t(before["u"], 1, block or 12), atol=1e-13)
+
+
+def test_an_edit_is_the_same_in_place() -> None:
+    weight = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edit = Rotated(1, Hadamard(12, 12))
+    wanted = times_t(weight, 1, 12)
+    assert torch.allclose(edit.apply(weight), wanted, atol=1e-13)
+    assert torch.allclose(edit.apply_into(weight.clone(), torch.empty_like(weight)), wanted, atol=1e-13)
 
 
 def test_a_weight_in_out(text: Any, rotated: Any) -> None:
