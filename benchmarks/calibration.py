@@ -45,11 +45,13 @@ OWN = "qcompile"
 MODES = {"act": ["--act-order"], "plain": []}
 """Options of a run: columns by falling diagonal of H with groups chosen ahead; or as they stand, with groups chosen
 when their turn comes. Peers are compared with ours of the mode that they can do."""
+FAST = ["--compute", "bfloat16", "--sums", "int8"]
 OURS = {
     "": ["--true-sequential"],
+    ", fast": ["--true-sequential", *FAST],
     ", compute: bfloat16": ["--true-sequential", "--compute", "bfloat16"],
     ", propagate: float": ["--true-sequential", "--propagate", "float"],
-    ", both": ["--true-sequential", "--propagate", "float", "--compute", "bfloat16"],
+    ", fast, propagate: float": ["--true-sequential", *FAST, "--propagate", "float"],
 }
 """"propagate: float" shows every layer what the float model gives it; peers show it what the rounded layers give."""
 
@@ -269,10 +271,10 @@ def show(
         f"{options.rounds} round(s), in turns; medians. Everyone: scale = amax / 7.5, codes -8 … 7, damping 1%. Peers "
         "calibrate a layer on the outputs of the rounded layers before it, and look at all its products before they "
         "round one; ours rounds q, k, v, then o, and so on, which costs it nothing (`propagate: quantized`). "
-        "`compute: bfloat16` is for linear layers while data is run (sums and rounding stay float32), a peer's "
-        "bfloat16 for its whole model; `both` is that and `propagate: float`. H is that of the float model for "
+        "`compute: bfloat16` is for linear layers while data is run; `fast` is that and `sums: int8`, H added up as 8-bit "
+        "integers; rounding stays float32. A peer's bfloat16 is its whole model's. H is that of the float model for "
         "everyone, so that the loss favours who calibrates on float inputs. Times ours: the first two of ours; ours / "
-        "theirs: all four. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
+        "theirs: all five. KL, on 4 × 256 other tokens, is what counts in the end. Each of ours is compared with the "
         "peers of its order and groups. Peers load the model into memory before the clock starts; ours reads its "
         "weights from the file within the time."
     )

@@ -39,6 +39,7 @@ class Job:
     true_sequential: bool
     propagate: Literal["quantized", "float"]
     compute: Literal["float32", "bfloat16"]
+    sums: Literal["float32", "int8"]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def read_tokens(self) -> list[Tensor]:
@@ -95,6 +96,7 @@ def job(description: str | None) -> Job:
         default="float32",
         help="ours: linear layers while data is run; peers': the dtype of the model",
     )
+    parser.add_argument("--sums", choices=["float32", "int8"], default="float32", help="of H; ours alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,6 +110,7 @@ def job(description: str | None) -> Job:
         options.true_sequential,
         options.propagate,
         options.compute,
+        options.sums,
     )
 
 

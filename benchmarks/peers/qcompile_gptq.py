@@ -25,7 +25,7 @@ def quantize(run: Job) -> Any:
 
     order = "act_order=true" if run.act_order else "act_order=false, static_groups=false"
     pipeline = f"raise-norms, insert-qdq(weights=int4 sym half group={GROUP}), gptq({order})"
-    settings = Settings(run.propagate, run.true_sequential, compute=run.compute)
+    settings = Settings(run.propagate, run.true_sequential, compute=run.compute, sums=run.sums)
     rows = run.read_tokens()
     batches = [torch.cat(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
     program = qcompile.capture(run.model, dtype="float32")

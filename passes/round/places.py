@@ -105,5 +105,6 @@ def _read(setup: Setup, key: str, c: Contraction, float_c: Contraction, cross: b
         padding,
         setup.padding_float,
         None if other is None else dealt_float,
+        setup.settings.sums == "int8",
     )
     return Read(c, Target(float_c.node, float_c.input), want)

@@ -298,7 +298,7 @@ class _Estimator:
         seconds = 0.0
         for shapes, batches in self.shapes.items():
             rows = self.sizes[shapes][0].count(want.x_hat.meta["val"]) / max(1, width)
-            flops = 2 * rows * width**2 * (0.625 + crossed)
+            flops = 2 * rows * width**2 * (0.625 + crossed) / (self.pace.integers if want.in_integers else 1)
             seconds += batches * self._time(flops, (1 + crossed) * count * width**2 * 20)
         return (1 + crossed) * count * width**2 * 8, seconds
 

@@ -29,6 +29,7 @@ class InputWant:
         experts: how rows are dealt to experts, with the value that decides it; None for a product that sees all.
         experts_float: the same in the float program, where `x` is wanted.
         of_float: `x_hat` is a value of the float program.
+        in_integers: sums are of 8-bit integers; see `integers`.
         padding, padding_float: what leaves padding out of `x_hat` and of `x`.
     """
 
@@ -42,6 +43,7 @@ class InputWant:
     padding: Padding = field(compare=False)
     padding_float: Padding = field(compare=False)
     experts_float: Dealing | None = None
+    in_integers: bool = False
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ class InputGram:
             gram.tokens = processes.number(gram.tokens)
 
     def _gram(self, expert: int) -> Gram:
-        return self.of.setdefault(expert, Gram())
+        return self.of.setdefault(expert, Gram(self.want.in_integers))
 
 
 def _read(value: fx.Node, experts: Dealing | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qcompile.calibration.integers import product_of_codes
 from qcompile.linalg import product
 
 _SIDE, _COPIED = 768, 16 << 20
@@ -23,24 +24,27 @@ _LARGEST_KEPT, _MOST_KEPT = 64 << 20, 512 << 20
 @dataclass(frozen=True)
 class Speed:
     """Float32 operations a second in matrix products, and bytes read and written a second by what is no product; how
-    much faster products are in bfloat16.
+    much faster products are in bfloat16, and in 8-bit integers.
     """
 
     flops: float
     bytes: float
     gain: float = 1.0
+    integers: float = 1.0
 
 
 @lru_cache(maxsize=4)
 def speed(threads: int, device: str | None = None) -> Speed:
-    """Measured within 0.4 s, once for a number of threads (of torch, as they are set now) and a device."""
+    """Measured within 0.5 s, once for a number of threads (of torch, as they are set now) and a device."""
     here = torch.device(device or "cpu")
     a, b = torch.ones(_SIDE, _SIDE, device=here), torch.ones(_COPIED // 4, device=here)
     squared = _best(lambda: product(a, a), here)
     half = a.bfloat16()
     halved = _best(lambda: torch.mm(half, half), here)
+    codes = torch.ones(_SIDE, _SIDE, dtype=torch.int8, device=here)
+    counted = _best(lambda: product_of_codes(codes, codes), here)
     added = _best(lambda: torch.add(b, 1.0), here)
-    return Speed(2 * _SIDE**3 / squared, 2 * _COPIED / added, squared / halved)
+    return Speed(2 * _SIDE**3 / squared, 2 * _COPIED / added, squared / halved, squared / counted)
 
 
 def free_memory(device: str | None = None, proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -19,6 +19,8 @@ class Settings:
         device: where segments are run and solved, as ``cuda``; None leaves them on the CPU.
         compute: ``bfloat16`` rounds both sides of a linear layer of float32, and its result, to bfloat16 while data is
             run, which is faster where the processor multiplies bfloat16. Sums and rounding stay float32.
+        sums: ``int8`` adds up products of inputs (H and G) as 8-bit integers, four times as fast where the processor
+            multiplies those (VNNI) and the same numbers everywhere; see `qcompile.calibration.integers`.
     """
 
     propagate: Literal["quantized", "float"] = "quantized"
@@ -26,3 +28,4 @@ class Settings:
     memory: float = 4.0
     device: str | None = None
     compute: Literal["float32", "bfloat16"] = "float32"
+    sums: Literal["float32", "int8"] = "float32"

@@ -9,21 +9,17 @@ Sums are kept in float64, so that they do not depend on how batches are dealt ou
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qcompile.calibration import integers
 from qcompile.calibration.processes import Processes
+from qcompile.calibration.sums import add_cross, add_gram, column_sums, mirror
 from qcompile.errors import QCompileError
-from qcompile.linalg import product
-
-STRIPS, STRIP = 16, 256
-"""A symmetric product is computed in so many strips, 17/32 of the whole, or in fewer that are at least so wide."""
-_FEW = 128
 
 
 @dataclass(frozen=True)
@@ -61,10 +57,11 @@ class Want(Protocol):
 class Gram:
     """H, G and the sums of x̂ and x, all float64, of rows ``[tokens, features]``; None before there are any.
 
-    Until it is settled, H is right up to and in its diagonal blocks only.
+    Until it is settled, H is right up to and in its diagonal blocks only. `in_integers`: see `integers`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_integers: bool = False) -> None:
+        self.in_integers = in_integers
         self.hessian: Tensor | None = None
         self.cross: Tensor | None = None
         self.total: Tensor | None = None
@@ -89,13 +86,17 @@ class Gram:
         self.prepare(rows.shape[1], rows_float is not None, rows.device)
         assert self.hessian is not None
         assert self.total is not None
-        add_gram(self.hessian, rows)
+        if self.in_integers:
+            integers.add(self.hessian, self.cross, rows, rows_float)
+        else:
+            add_gram(self.hessian, rows)
         self.total += column_sums(rows)
         self.tokens += len(rows)
         if rows_float is not None:
             assert self.cross is not None
             assert self.total_float is not None
-            self.cross += product(rows.T, rows_float)
+            if not self.in_integers:
+                add_cross(self.cross, rows, rows_float)
             self.total_float += column_sums(rows_float)
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -112,29 +113,6 @@ class Gram:
     def parts(self) -> list[Tensor]:
         """The sums: H and Σ x̂, then G and Σ x where they are wanted."""
         return [t for t in (self.hessian, self.total, self.cross, self.total_float) if t is not None]
-
-
-def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """``sums += rowsᵀ rows``, but for what stands above the strips' diagonal blocks; `mirror` fills that in."""
-    turned = rows.T.contiguous()
-    for low, high in _strips(len(sums)):
-        sums[low:high, :high] += product(turned[low:high], turned[:high].T)
-
-
-def mirror(sums: Tensor) -> None:
-    """Make what `add_gram` added up symmetric."""
-    for low, high in _strips(len(sums)):
-        sums[:low, low:high] = sums[low:high, :low].T
-
-
-def column_sums(rows: Tensor) -> Tensor:
-    """Sums over tokens, float64 ``[features]``: a few rows in their own dtype, those sums in float64."""
-    return torch.stack([few.sum(0) for few in torch.split(rows, _FEW)]).sum(0, dtype=torch.float64)
-
-
-def _strips(size: int) -> Iterator[tuple[int, int]]:
-    count = max(1, min(STRIPS, size // STRIP))
-    return itertools.pairwise(size * i // count for i in range(count + 1))
 
 
 def check_finite(rows: Tensor, where: str, samples: range, mask: Tensor | None = None, in_order: bool = True) -> None:
