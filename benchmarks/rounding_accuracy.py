@@ -62,6 +62,7 @@ W4A4 = {
     "R1–R4 + GPTQ, float target": [*ROTATED, "gptq(target=float)"],
     "equalize + R1–R4 + GPTQ, float target": [*ROTATED[:2], "equalize", ROTATED[2], "gptq(target=float)"],
 }
+FAST = {"sums: int8": (("sums", "int8"),), "compute: bfloat16, sums: int8": (("sums", "int8"), ("compute", "bfloat16"))}
 SCALES = {"narrow": "sym narrow group=32", "half": "sym half group=32", "signed": "sym group=32"}
 AXE = [
     ("no bound", ["gptq"]),
@@ -100,10 +101,11 @@ class Row:
     passes: tuple[str, ...]
     spec: str
     activations: str | None = None
+    settings: tuple[tuple[str, str], ...] = ()
 
     def recipe(self) -> dict[str, Any]:
         before = ["raise-norms", *(["fold-norm-affine"] if "rotate" in self.passes else [])]
-        settings = {"samples": SAMPLES, "length": LENGTH}
+        settings = {"samples": SAMPLES, "length": LENGTH, **dict(self.settings)}
         return {
             "weights": self.spec,
             "activations": self.activations,
@@ -114,7 +116,8 @@ class Row:
 
 
 def rows_of(which: str) -> Iterator[Row]:
-    """All of them for groups of 32, or fewer; fewer for one scale a channel; activations of 4 bits; accumulators."""
+    """All of them for groups of 32, or fewer; fewer for one scale a channel; activations of 4 bits; calibration at less precision;
+    accumulators."""
     if which == "groups":
         for name, spec in FORMATS.items():
             for method, passes in METHODS.items():
@@ -129,6 +132,12 @@ def rows_of(which: str) -> Iterator[Row]:
         for bits in (4, 3):
             for method in FEWER:
                 yield Row(f"W{bits}{name}", method, tuple(METHODS[method]), f"int{bits} {words}")
+    elif which == "fast":
+        for name in ("W4", "W3", "W2"):
+            for method in ("GPTQ", "GPTQ, float target"):
+                yield Row(name, method, tuple(METHODS[method]), FORMATS[name])
+                for how, settings in FAST.items():
+                    yield Row(name, f"{method}; {how}", tuple(METHODS[method]), FORMATS[name], settings=settings)
     elif which == "w4a4":
         for method, passes in W4A4.items():
             yield Row("W4A4", method, tuple(passes), "int4 sym group=32 mse", "int4 asym token dynamic")
@@ -216,7 +225,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="a .jsonl of documents; what the model writes itself if not given")
     parser.add_argument("--judged", type=int, default=100, help="documents to judge by")
     parser.add_argument(
-        "--rows", choices=["groups", "few", "channel", "w4a4", "accumulators"], nargs="*", default=["groups"]
+        "--rows", choices=["groups", "few", "channel", "w4a4", "fast", "accumulators"], nargs="*", default=["groups"]
     )
     parser.add_argument("--only", default="", help="rows whose weights begin so")
     parser.add_argument("--kept", type=Path, help="a file of figures that are there already")
