@@ -116,8 +116,9 @@ class Row:
 
 
 def rows_of(which: str) -> Iterator[Row]:
-    """All of them for groups of 32, or fewer; fewer for one scale a channel; activations of 4 bits; calibration at less precision;
-    accumulators."""
+    """All of them for groups of 32, or fewer; fewer for one scale a channel; activations of 4 bits; calibration at less
+    precision; accumulators.
+    """
     if which == "groups":
         for name, spec in FORMATS.items():
             for method, passes in METHODS.items():
