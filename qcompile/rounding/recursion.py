@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompile.linalg import product
+from qcompile.linalg import product, solve_lower
 
 LEAF = 16
 """Columns that are not halved any more."""
@@ -85,6 +85,5 @@ class _State:
     def ahead(self, first: int, last: int) -> Tensor:
         """Columns first … last - 1 where each is taken as it comes: y_j = x_j + Σ_{first≤k<j} M_jk (anchor_k - y_k)."""
         within = self.feedback[first:last, first:last]
-        right = torch.addmm(self.x[first:last], within.tril(-1), self.anchor[first:last])
-        solved: Tensor = torch.linalg.solve_triangular(within, right, upper=False, unitriangular=True)
-        return solved
+        right = self.x[first:last] + product(within.tril(-1), self.anchor[first:last])
+        return solve_lower(within, right, unit=True)
