@@ -88,8 +88,8 @@ asymmetric. Command: `python benchmarks/rounding_accuracy.py MODEL --texts STORI
 - MagR's α, 0.0001, is the best of 1e-3, 1e-4, 1e-5 for int3 asym channel on 60 of the judged documents (0.1096 ± 0.0035
   against 0.1235 ± 0.0044 without). With groups of 32 there is no peak left to shrink, and the shift it causes costs.
 - W4A4: activations asymmetric, one scale a token. The last row is the preset `rotated-w4a4`, but for its groups of 128.
-- Calibration at less precision (`sums: int8`, `compute: bfloat16`) makes no difference that these texts could tell at four
-  and three bits; at two, where every choice weighs, it is for the better here and for the worse there.
+- Calibration at less precision (`sums: int8`, `compute: bfloat16`) makes no difference that these texts could tell at
+  four and three bits; at two, where every choice weighs, it is for the better here and for the worse there.
 - Accumulators of 16 and 15 bits with tiles of 128: every weight's worst case is within the bound, or compiling fails.
   Wider scales keep most of the accuracy that cutting codes off loses."""
 
