@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -91,3 +94,24 @@ def test_batches_are_run_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(torch.cat([part["input_ids"] for part in parts]), ids)
         assert all(float(part["scale"]) == 2.0 for part in parts)
         assert tiny.same(rounded("f64", Settings()), whole)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its allocator")
+def test_memory_that_was_freed_is_used_again_and_can_be_given_back() -> None:
+    code = """
+import resource, torch
+from qcompile.calibration.machine import give_back, keep_freed, resident
+def filled(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(size).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed()
+held = [filled(12 << 20), filled(5 << 20), filled(5 << 20), filled(2 << 20)]
+before = resident()
+give_back()
+print(*held, (before - resident()) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    first, *others, returned = map(int, done.stdout.split())
+    assert max(others) < first / 10  # pages that were filled in for the first
+    assert returned > 40
