@@ -61,7 +61,9 @@ class _Turned:
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """int8 [features, tokens], and the scale of each feature."""
-        scale = torch.where(self.largest == 0, 1, self.largest / 127)
+        # What is so small that its scale has no inverse has squares of 0 in any case.
+        least = 128 * torch.finfo(self.x.dtype).tiny
+        scale = torch.where(self.largest < least, 1, self.largest / 127)
         return torch.mul(self.x, (1 / scale).unsqueeze(1)).round_().to(torch.int8), scale
 
 

@@ -95,6 +95,16 @@ def test_tokens_that_are_all_far_out_are_added_up_as_they_are() -> None:
     assert torch.equal(found.cross, 9 * torch.eye(600))
 
 
+def test_features_next_to_nothing_count_as_nothing() -> None:
+    x = rows(1100, 20, 4)
+    x[:, 5] = 1e-38 * torch.sign(x[:, 5])
+    found, exact = gram(x, None, True).hessian, gram(x, None, False).hessian
+    assert found is not None
+    assert exact is not None
+    assert found[5, 5] == exact[5, 5] == 0
+    assert bool(torch.isfinite(found).all())
+
+
 @pytest.mark.parametrize("method", ["gptq", "gptq(target=float)"])
 def test_rounding_by_them_costs_next_to_nothing(method: str) -> None:
     losses = {}
