@@ -137,11 +137,11 @@ def together(grams: list[Gram]) -> Gram:
     if len(grams) == 1:
         return grams[0]  # and no copy of it
     total = Gram()
-    crossed = all(g.cross is not None for g in grams)
+    crossed = all(g.cross is not None for g in grams if g.hessian is not None)  # who saw nothing has nothing to add
     for gram in grams:
         if gram.hessian is None:
             continue
-        total.prepare(gram.width, crossed)
+        total.prepare(gram.width, crossed, gram.hessian.device)
         total.tokens += gram.tokens
         for mine, other in zip(total.parts(), gram.parts() if crossed else gram.parts()[:2], strict=True):
             mine += other

@@ -25,14 +25,14 @@ LOUD = 16.0
 
 
 def add(hessian: Tensor, cross: Tensor | None, rows: Tensor, others: Tensor | None) -> None:
-    """As `sums.add_gram` of `rows` [tokens, features], and as `sums.add_cross` where `others` are given."""
+    """As `sums.add`."""
     for start in range(0, len(rows), CHUNK):
         here = slice(start, start + CHUNK)
         left, right = _Turned.of(rows[here]), None if others is None else _Turned.of(others[here])
         loud = left.loud() if right is None else left.loud() | right.loud()
         if bool(loud.any()):
             few, beside = rows[here], None if others is None else others[here]
-            _add_plainly(hessian, cross, few[loud], None if beside is None else beside[loud])
+            sums.add(hessian, cross, few[loud], None if beside is None else beside[loud])
             left, right = _Turned.of(few[~loud]), None if beside is None else _Turned.of(beside[~loud])
         if left.x.shape[1]:
             _add_codes(hessian, cross, left, right)
@@ -65,12 +65,6 @@ class _Turned:
         least = 128 * torch.finfo(self.x.dtype).tiny
         scale = torch.where(self.largest < least, 1, self.largest / 127)
         return torch.mul(self.x, (1 / scale).unsqueeze(1)).round_().to(torch.int8), scale
-
-
-def _add_plainly(hessian: Tensor, cross: Tensor | None, rows: Tensor, others: Tensor | None) -> None:
-    sums.add_gram(hessian, rows)
-    if cross is not None and others is not None:
-        sums.add_cross(cross, rows, others)
 
 
 def _add_codes(hessian: Tensor, cross: Tensor | None, left: _Turned, right: _Turned | None) -> None:

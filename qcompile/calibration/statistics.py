@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qcompile.calibration import integers
+from qcompile.calibration import integers, sums
 from qcompile.calibration.processes import Processes
-from qcompile.calibration.sums import add_cross, add_gram, column_sums, mirror
 from qcompile.errors import QCompileError
 
 
@@ -86,18 +85,13 @@ class Gram:
         self.prepare(rows.shape[1], rows_float is not None, rows.device)
         assert self.hessian is not None
         assert self.total is not None
-        if self.in_integers:
-            integers.add(self.hessian, self.cross, rows, rows_float)
-        else:
-            add_gram(self.hessian, rows)
-        self.total += column_sums(rows)
+        add = integers.add if self.in_integers else sums.add
+        add(self.hessian, self.cross, rows, rows_float)
+        self.total += sums.column_sums(rows)
         self.tokens += len(rows)
         if rows_float is not None:
-            assert self.cross is not None
             assert self.total_float is not None
-            if not self.in_integers:
-                add_cross(self.cross, rows, rows_float)
-            self.total_float += column_sums(rows_float)
+            self.total_float += sums.column_sums(rows_float)
 
     def settle(self, dtype: torch.dtype) -> None:
         """All has been added: fill in the upper half of H, and keep H and G in what rounding computes with, float32
@@ -106,7 +100,7 @@ class Gram:
         work = torch.float64 if dtype == torch.float64 else torch.float32
         if self.hessian is not None:
             self.hessian = self.hessian.to(work)
-            mirror(self.hessian)
+            sums.mirror(self.hessian)
         if self.cross is not None:
             self.cross = self.cross.to(work)
 

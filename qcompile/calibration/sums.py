@@ -15,6 +15,13 @@ STRIPS, STRIP = 16, 256
 _FEW = 128
 
 
+def add(hessian: Tensor, cross: Tensor | None, rows: Tensor, others: Tensor | None) -> None:
+    """`add_gram` of `rows` [tokens, features], and `add_cross` where `others` are given."""
+    add_gram(hessian, rows)
+    if cross is not None and others is not None:
+        add_cross(cross, rows, others)
+
+
 def add_gram(sums: Tensor, rows: Tensor) -> None:
     """``sums += rowsᵀ rows``, but for what stands above the strips' diagonal blocks; `mirror` fills that in."""
     turned = rows.T.contiguous()

@@ -38,13 +38,8 @@ class Figures:
     fell_back: str | None
 
 
-def quadratic(columns: Tensor, symmetric: Tensor) -> float:
-    """tr(Eᵀ H E) for E `columns` [n, m] and a symmetric H [n, n]; half the work of H @ E. Summed in float64."""
-    return quadratics([columns], symmetric)[0]
-
-
 def quadratics(several: Sequence[Tensor], symmetric: Tensor) -> list[float]:
-    """`quadratic` of several matrices of one shape [n, m], for which H is read once."""
+    """tr(Eᵀ H E) for each E, all of one shape [n, m], and a symmetric H [n, n]; half the work of H @ E. In float64."""
     columns, totals = torch.cat(list(several), 1), [0.0] * len(several)
     for start in range(0, len(columns), BLOCK):
         stop = min(start + BLOCK, len(columns))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qcompile import run_passes
 from qcompile.calibration.engine import Engine
-from qcompile.calibration.inputs import InputGram
+from qcompile.calibration.inputs import InputGram, together
 from qcompile.calibration.processes import Processes
 from qcompile.calibration.settings import Settings
-from qcompile.calibration.statistics import Collector, Want
+from qcompile.calibration.statistics import Collector, Gram, Want
 from qcompile.calibration.worker import Setup
 from qcompile.ir.program import Program
 from qcompile.ir.run import run
@@ -72,6 +72,18 @@ def test_an_expert_follows_the_float_stream_where_both_programs_send_a_token_to_
         torch.testing.assert_close(found.of[e].cross, cross, rtol=1e-10, atol=1e-10)
         assert not torch.allclose(cross, hessian)
     assert 0 < differing < total / 2  # both kinds of rows were there
+
+
+def test_the_sum_over_experts_has_cross_terms_though_one_saw_nothing() -> None:
+    """So that experts that saw little follow the float stream by what all saw."""
+    some, other = Gram(), Gram()
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    some.add(x[:5], 2 * x[:5])
+    other.add(x[5:], 2 * x[5:])
+    total = together([some, Gram(), other])
+    assert total.cross is not None
+    torch.testing.assert_close(total.cross, 2 * x.t() @ x)
+    assert total.tokens == 9
 
 
 def test_rows_of_a_stack_line_up_where_both_have_one() -> None:
